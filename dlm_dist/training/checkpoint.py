@@ -1,0 +1,382 @@
+"""checkpoints/step-N: written aside, hashed, published by one rename; loaded only if it verifies.
+
+Layout and protocol are specified in docs/checkpoint-format.md. Every rank writes its own shards of masters and
+optimizer states as they lie in memory, so a resume on the same layout puts the same bytes back. Nothing is
+pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from dlm_dist.training import zero_state
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.json"
+MODEL_FILE_BYTES = 2 * 2**30
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or does not fit the run."""
+
+
+@dataclass
+class Snapshot:
+    """Host copies of what this rank will write: relative path -> tensors or bytes."""
+
+    step: int
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def step_of(path: Path) -> int | None:
+    """The N of a folder named step-N; None for any other name."""
+    match = _STEP_FOLDER.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints below `folder` (RUN/checkpoints), oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if step_of(path) is not None and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: step_of(path) or 0)
+
+
+# --- taking a snapshot -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def take_snapshot(
+    engine: Any, step: int, trainer_state: Mapping[str, Any], tokenizer_files: Mapping[str, bytes]
+) -> Snapshot:
+    """Copy everything this rank will write to host memory. Collective: every rank must call."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    snapshot = Snapshot(step)
+    _add_shards(snapshot, engine, rank, world)
+    _add_model(snapshot, engine, rank, world)
+    if rank == 0:
+        state = json.dumps(dict(trainer_state), indent=2, sort_keys=True)
+        snapshot.files[TRAINER_STATE] = state.encode()
+        for name, content in tokenizer_files.items():
+            snapshot.files[f"tokenizer/{name}"] = content
+    return snapshot
+
+
+def _add_shards(snapshot: Snapshot, engine: Any, rank: int, world: int) -> None:
+    """Masters and optimizer states; a replicated shard is written by one rank."""
+    tensors: dict[str, torch.Tensor] = {}
+    index = []
+    for number, shard in enumerate(zero_state.shards(engine)):
+        if shard.replicated and number % world != rank:
+            continue
+        tensors[f"{shard.key}/master"] = _to_host(shard.flat)
+        numbers = {}
+        for name, value in zero_state.optimizer_state(engine, shard).items():
+            if torch.is_tensor(value):
+                tensors[f"{shard.key}/{name}"] = _to_host(value)
+            else:
+                numbers[name] = value
+        pieces = [[p.name, p.start, p.offset, p.numel] for p in shard.pieces]
+        index.append({"key": shard.key, "pieces": pieces, "numbers": numbers})
+    snapshot.tensors[f"tensors/rank-{rank:05d}.safetensors"] = tensors
+    snapshot.files[f"tensors/rank-{rank:05d}.json"] = json.dumps(index).encode()
+
+
+def _add_model(snapshot: Snapshot, engine: Any, rank: int, world: int) -> None:
+    """The weights as the forward uses them, in the layout of `save_pretrained`, files dealt out to the ranks."""
+    import deepspeed
+
+    model = engine.module
+    parameters = list(model.named_parameters())
+    plan = plan_model_files([(name, _full_bytes(p)) for name, p in parameters])
+    file_of = {name: file for file, names in plan.items() for name in names}
+    writer = {file: number % world for number, file in enumerate(plan)}
+    for name, parameter in parameters:
+        file = file_of[name]
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if writer[file] == rank:
+                snapshot.tensors.setdefault(f"model/{file}", {})[name] = _to_host(parameter.detach())
+    if rank == 0:
+        snapshot.files["model/config.json"] = model.config.to_json_string(use_diff=False).encode()
+        if len(plan) > 1:
+            total = sum(_full_bytes(p) for _, p in parameters)
+            index = {"metadata": {"total_size": total}, "weight_map": file_of}
+            snapshot.files["model/model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
+
+
+def plan_model_files(sizes: Iterable[tuple[str, int]], limit: int = MODEL_FILE_BYTES) -> dict[str, list[str]]:
+    """Deal parameters (name, bytes) in order into files of at most `limit` bytes -> file name -> names."""
+    bins: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes:
+        if bins[-1] and filled + size > limit:
+            bins.append([])
+            filled = 0
+        bins[-1].append(name)
+        filled += size
+    if len(bins) == 1:
+        return {"model.safetensors": bins[0]}
+    return {f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors": names for i, names in enumerate(bins)}
+
+
+def _full_bytes(parameter: torch.nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def save(snapshot: Snapshot, folder: Path) -> Path:
+    """Write and publish a snapshot as folder/step-N. Collective: every rank must call.
+
+    Nothing named step-N exists before all files are on disk and the manifest is complete. If any rank fails to
+    write, all ranks raise and earlier checkpoints stay untouched.
+    """
+    final = folder / f"step-{snapshot.step}"
+    staging = folder / f".step-{snapshot.step}.writing"
+    if dist.get_rank() == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
+    written, problem = _write_files(snapshot, staging)
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (written, problem))
+    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
+    if problems:
+        if dist.get_rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(f"checkpoint step-{snapshot.step} could not be written: {'; '.join(problems)}")
+    if dist.get_rank() == 0:
+        _publish({name: entry for files, _ in reports for name, entry in files.items()}, staging, final)
+    dist.barrier()
+    return final
+
+
+def _write_files(snapshot: Snapshot, staging: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Write this rank's files -> ({relative path: {size, sha256}}, what went wrong or None)."""
+    written: dict[str, dict[str, Any]] = {}
+    try:
+        for name, tensors in snapshot.tensors.items():
+            written[name] = write_safetensors(staging / name, tensors)
+        for name, content in snapshot.files.items():
+            written[name] = _write_chunks(staging / name, [content])
+    except OSError as error:
+        return {}, str(error)
+    return written, None
+
+
+def _publish(files: Mapping[str, Mapping[str, Any]], staging: Path, final: Path) -> None:
+    manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
+    _write_chunks(staging / MANIFEST, [json.dumps(manifest, indent=2).encode()])
+    for folder in [*(path for path in staging.rglob("*") if path.is_dir()), staging]:
+        _fsync_folder(folder)
+    if final.exists():
+        # Only a checkpoint that failed to verify is ever written again (a resume starts after the good one).
+        replaced = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        staging.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        staging.rename(final)
+    _fsync_folder(final.parent)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Write host tensors in the safetensors format, hashing on the way -> {size, sha256}; durable on return."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    payloads = (t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in tensors.values() if t.numel())
+    return _write_chunks(path, [len(text).to_bytes(8, "little"), text], payloads)
+
+
+def _write_chunks(path: Path, *parts: Iterable[Any]) -> dict[str, Any]:
+    """Write buffers one after another, fsync -> {size, sha256}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    size = 0
+    with open(path, "wb", buffering=0) as file:
+        for chunks in parts:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                for start in range(0, len(view), 2**24):
+                    block = view[start : start + 2**24]
+                    digest.update(block)
+                    done = 0
+                    while done < len(block):
+                        done += file.write(block[done:])
+                size += len(view)
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def retain(folder: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints, and what killed saves left. Rank 0 only.
+
+    The manifest goes first, so that a half-deleted checkpoint can never be taken for a whole one.
+    """
+    for path in list_checkpoints(folder)[:-keep_last]:
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path)
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- verifying and finding -------------------------------------------------------------------------------------
+
+
+def verify(path: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with a checkpoint: [] if every file has the size and SHA-256 of the manifest.
+
+    `share` = (i, n) checks every n-th file only, starting with the i-th.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{path / MANIFEST} is missing or unreadable ({error})"]
+    if manifest.get("format_version") != FORMAT_VERSION:
+        return [f"{path} has format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}"]
+    problems = []
+    for name, entry in sorted(files.items())[share[0] :: share[1]]:
+        file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            problems.append(f"{name} points outside the checkpoint")
+        elif not file.is_file():
+            problems.append(f"{file} is missing")
+        elif file.stat().st_size != entry["size"]:
+            problems.append(f"{file} has {file.stat().st_size} bytes instead of {entry['size']}")
+        elif file_sha256(file) != entry["sha256"]:
+            problems.append(f"{file} does not have its recorded SHA-256")
+    return problems
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_together(path: Path) -> list[str]:
+    """`verify` with the files dealt out to the ranks; the same answer everywhere. Collective."""
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, verify(path, (dist.get_rank(), dist.get_world_size())))
+    return [problem for report in reports for problem in report]
+
+
+def find_resumable(folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from -> (path or None, what was passed over and why). Collective.
+
+    `wanted` is "auto" (the newest that verifies; None if there is no checkpoint at all) or the path of one,
+    which must verify. Rank 0's view of the folder is the one that counts. Raises CheckpointError.
+    """
+    if wanted != "auto":
+        path = Path(wanted)
+        problems = verify_together(path)
+        if problems:
+            raise CheckpointError(f"cannot resume from {path}: {problems[0]}")
+        return path, []
+    candidates: list[Any] = [list_checkpoints(folder)]
+    dist.broadcast_object_list(candidates, src=0)
+    passed_over: list[str] = []
+    for path in reversed(candidates[0]):
+        problems = verify_together(path)
+        if not problems:
+            return path, passed_over
+        passed_over.append(f"{path} does not verify: {problems[0]}")
+    if passed_over:
+        raise CheckpointError(
+            f"no checkpoint in {folder} verifies ({'; '.join(passed_over)}); "
+            "move them away to start from step 0, or name one with --resume"
+        )
+    return None, []
+
+
+# --- loading ---------------------------------------------------------------------------------------------------
+
+
+def load_trainer_state(path: Path) -> dict[str, Any]:
+    """trainer_state.json of a verified checkpoint."""
+    return json.loads((path / TRAINER_STATE).read_bytes())
+
+
+@torch.no_grad()
+def load_shards(engine: Any, path: Path) -> None:
+    """Put masters and optimizer states of a verified checkpoint back where they were.
+
+    The engine's module must already hold the weights of `path`/model. Raises CheckpointError when the layout
+    (world size, ZeRO stage, precision, parameter roles) is another one.
+    """
+    entries: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for index_file in sorted((path / "tensors").glob("rank-*.json")):
+        for entry in json.loads(index_file.read_bytes()):
+            entries[entry["key"]] = (index_file.with_suffix(".safetensors"), entry)
+    mine = zero_state.shards(engine)
+    for shard in mine:
+        saved = entries.get(shard.key)
+        pieces = [[p.name, p.start, p.offset, p.numel] for p in shard.pieces]
+        if saved is None or saved[1]["pieces"] != pieces:
+            raise CheckpointError(
+                f"{path} was written with another layout of ranks, ZeRO stage, precision or parameter groups "
+                f"(shard {shard.key} does not match); resume with the topology in its {TRAINER_STATE}"
+            )
+    for shard in mine:
+        file, entry = entries[shard.key]
+        with safe_open(file, framework="pt") as tensors:
+            prefix = f"{shard.key}/"
+            state: dict[str, Any] = dict(entry["numbers"])
+            for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                if name == f"{prefix}master":
+                    shard.flat.copy_(tensors.get_tensor(name))
+                elif name.startswith(prefix):
+                    state[name.removeprefix(prefix)] = tensors.get_tensor(name)
+        if state:
+            zero_state.set_optimizer_state(engine, shard, state)
