@@ -1,0 +1,559 @@
+"""The typed configuration of a run: one frozen tree, read from YAML and `key.sub=value` overrides.
+
+`load_config` fills what depends on the backbone, checks everything, and reports all mistakes at once as plain
+sentences. What it returns is resolved: `to_yaml` writes every value that the run uses, and loading that text
+gives the same tree again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from dlm_dist import settings
+from dlm_dist.settings import ConfigError, Mistake, Section, about, lookup
+
+
+def _whole(value: object) -> object:
+    """A float without a fraction as an int, so that `max_steps: 1e4` is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("empty")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+NonNegative = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Whole, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Location = Annotated[Path, BeforeValidator(_not_empty)]
+
+
+class RunSection(Section):
+    """Where a run lives and what its random numbers hang on."""
+
+    dir: Location = Field(
+        description="folder of the run: configuration, metrics, checkpoints; relative paths start where the "
+        "command is run"
+    )
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="seed of every random choice: initial values, sample order, masks and times"
+    )
+
+
+_BACKBONE_KEYS: dict[str, tuple[str, ...]] = {
+    "rwkv7": (
+        "head_size",
+        "decay_low_rank_dim",
+        "a_low_rank_dim",
+        "v_low_rank_dim",
+        "gate_low_rank_dim",
+    ),
+    "qwen3": (
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+    ),
+}
+
+
+class ModelSection(Section):
+    """The backbone and its sizes. Keys of the other backbone must stay null."""
+
+    backbone: Literal["rwkv7", "qwen3"] = Field(description="kind of network")
+    init_from: str | None = Field(
+        default=None,
+        description="directory or hub id of weights to start from, with a report of matched, skipped and "
+        "resized keys; null = fresh initial values from run.seed",
+    )
+    vocab_size: Positive | None = Field(
+        default=None, description="rows of the embedding (token ids); null = that of the training data"
+    )
+    hidden_size: Positive = Field(description="width of the residual stream (channels)")
+    num_hidden_layers: Positive = Field(description="number of blocks (layers)")
+    direction: Literal["causal", "bidirectional"] = Field(
+        default="bidirectional", description="whether a token sees only what precedes it or both sides"
+    )
+    tie_directions: bool = Field(
+        default=False, description="rwkv7, bidirectional: one set of weights for both scan directions"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="recompute each block in the backward pass: less memory, about a third more time",
+    )
+    head_size: Positive | None = Field(
+        default=None, description="rwkv7: channels per head; divides hidden_size; null = 64"
+    )
+    decay_low_rank_dim: Positive | None = Field(
+        default=None, description="rwkv7: rank of the decay's low-rank map; null = by hidden_size"
+    )
+    a_low_rank_dim: Positive | None = Field(
+        default=None, description="rwkv7: rank of the in-context learning rate's map; null = by hidden_size"
+    )
+    v_low_rank_dim: Positive | None = Field(
+        default=None, description="rwkv7: rank of the value residual's map; null = by hidden_size"
+    )
+    gate_low_rank_dim: Positive | None = Field(
+        default=None, description="rwkv7: rank of the output gate's map; null = by hidden_size"
+    )
+    intermediate_size: Positive | None = Field(
+        default=None, description="qwen3: width of the MLP (channels); null = 3 * hidden_size"
+    )
+    num_attention_heads: Positive | None = Field(
+        default=None, description="qwen3: query heads per layer (heads); no default"
+    )
+    num_key_value_heads: Positive | None = Field(
+        default=None,
+        description="qwen3: key and value heads (heads); divides num_attention_heads; null = as many",
+    )
+    head_dim: Positive | None = Field(
+        default=None, description="qwen3: channels per attention head, an even number; null = 128"
+    )
+    tie_word_embeddings: bool | None = Field(
+        default=None, description="qwen3: the head shares the embedding's weight; null = false"
+    )
+
+    def sizes(self) -> dict[str, Any]:
+        """What the backbone is built from: the shared sizes and this backbone's own that are set."""
+        shared = ("vocab_size", "hidden_size", "num_hidden_layers", "direction")
+        own = _BACKBONE_KEYS[self.backbone] + (("tie_directions",) if self.backbone == "rwkv7" else ())
+        values = {name: getattr(self, name) for name in (*shared, *own)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def contradictions(self) -> Iterator[Mistake]:
+        for backbone, names in _BACKBONE_KEYS.items():
+            for name in names:
+                value = getattr(self, name)
+                if backbone != self.backbone and value is not None:
+                    yield about(
+                        f"model.{name}",
+                        value,
+                        f"a key of {backbone} only, and model.backbone is {self.backbone}: remove it",
+                    )
+        yield from self._rwkv7() if self.backbone == "rwkv7" else self._qwen3()
+
+    def _rwkv7(self) -> Iterator[Mistake]:
+        if self.head_size is not None and self.hidden_size % self.head_size:
+            yield about(
+                "model.hidden_size",
+                self.hidden_size,
+                f"expected a multiple of model.head_size = {self.head_size}",
+            )
+        if self.tie_directions and self.direction == "causal":
+            yield about(
+                "model.tie_directions", True, "expected false, since model.direction is causal: one scan only"
+            )
+
+    def _qwen3(self) -> Iterator[Mistake]:
+        if self.tie_directions:
+            yield about("model.tie_directions", True, "expected false, since only rwkv7 has scan directions")
+        if self.num_attention_heads is None:
+            yield Mistake(
+                "model.num_attention_heads",
+                "model.num_attention_heads is missing: qwen3 needs the number of query heads",
+            )
+        elif self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
+            yield about(
+                "model.num_key_value_heads",
+                self.num_key_value_heads,
+                f"expected a divisor of model.num_attention_heads = {self.num_attention_heads}",
+            )
+        if self.head_dim is not None and self.head_dim % 2:
+            yield about(
+                "model.head_dim",
+                self.head_dim,
+                "expected an even number, since rotary positions pair channels",
+            )
+
+
+class ObjectiveSection(Section):
+    """What is hidden, what is predicted and how it is weighed."""
+
+    name: Literal["mdlm"] = Field(
+        default="mdlm",
+        description="mdlm: absorbing-state masked diffusion with the unbiased bound as its loss",
+    )
+    schedule: Literal["linear", "cosine"] = Field(
+        default="linear", description="share of hidden tokens as a function of time"
+    )
+    masking: Literal["exact", "bernoulli"] = Field(
+        default="exact",
+        description="exact: a drawn number of tokens is hidden; bernoulli: each token by itself (LLaDA)",
+    )
+
+
+class SourceSection(Section):
+    """One built data set and its share of the samples."""
+
+    path: Location = Field(description="directory of a built data set (`dlm data build`)")
+    weight: Annotated[float, Field(gt=0.0)] = Field(
+        default=1.0, description="share of the samples, relative to the other sources"
+    )
+
+
+class DataSection(Section):
+    """Which rows are read, in units of samples (packed rows)."""
+
+    train: Annotated[tuple[SourceSection, ...], Field(min_length=1)] = Field(
+        description="data sets to train on, each with a path and a weight"
+    )
+    validation: Location | None = Field(
+        default=None, description="data set of held-out rows; null = no evaluation"
+    )
+    sequence_length: Positive | None = Field(
+        default=None, description="tokens per row; null = that of the training data"
+    )
+    random_length_prob: Fraction = Field(
+        default=0.01, description="share of samples cut to a length drawn uniformly from 1 to sequence_length"
+    )
+    isolate_documents: bool = Field(
+        default=False, description="tokens see only their own document within a packed row"
+    )
+    skip: tuple[tuple[NonNegative, Positive], ...] = Field(
+        default=(), description="ranges of sample positions to leave out, each [first, one past the last]"
+    )
+    max_samples: Positive | None = Field(
+        default=None, description="rows of the training data to use per epoch (samples); null = all"
+    )
+    read_ahead_steps: Positive = Field(default=4, description="optimizer steps of rows held ready (steps)")
+    loader_threads: Positive = Field(default=2, description="threads that read and corrupt rows, per rank")
+
+    def contradictions(self) -> Iterator[Mistake]:
+        for i, (start, end) in enumerate(self.skip):
+            if start >= end:
+                yield about(
+                    f"data.skip.{i}", [start, end], "expected [start, end) with start smaller than end"
+                )
+
+
+class TrainSection(Section):
+    """How long, how much at once, in which arithmetic."""
+
+    max_steps: Positive | None = Field(
+        default=None, description="optimizer steps of the whole run (steps); this or max_epochs"
+    )
+    max_epochs: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="passes over the training data (epochs); this or max_steps"
+    )
+    global_batch_size: Positive = Field(description="rows per optimizer step over all ranks (samples)")
+    micro_batch_size: Positive | None = Field(
+        default=None,
+        description="rows per forward pass of one rank (samples); null = follows from the others",
+    )
+    gradient_accumulation_steps: Positive | None = Field(
+        default=None, description="forward passes per optimizer step; null = follows from the others"
+    )
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="arithmetic of the network; masters, loss and statistics are always fp32"
+    )
+    gradient_clipping: Annotated[float, Field(ge=0.0)] = Field(
+        default=1.0, description="largest global L2 norm of the gradient; 0 = no clipping"
+    )
+    eval_every: Positive | None = Field(
+        default=None,
+        description="steps between evaluations on data.validation; null = only at the end, if it is given",
+    )
+    eval_rows: Positive = Field(default=64, description="held-out rows per evaluation (samples)")
+    eval_draws: Positive = Field(default=1, description="times and masks drawn per held-out row")
+    sample_every: Positive | None = Field(
+        default=None, description="steps between text samples printed during training; null = none"
+    )
+    sample_prompt: str = Field(default="", description="text that the samples of sample_every continue")
+    max_consecutive_skips: Positive = Field(
+        default=10,
+        description="steps in a row with a loss or gradient that is not finite before the run stops",
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto", description="auto: CUDA where there is one, else CPU"
+    )
+    deterministic: bool = Field(
+        default=False, description="deterministic kernels on CUDA, slower; a CPU run is deterministic anyway"
+    )
+
+    def contradictions(self) -> Iterator[Mistake]:
+        if self.max_steps is None and self.max_epochs is None:
+            yield Mistake("train.max_steps", "train.max_steps is missing: give it or train.max_epochs")
+        if self.max_steps is not None and self.max_epochs is not None:
+            yield about(
+                "train.max_epochs",
+                self.max_epochs,
+                f"expected null, since train.max_steps is {self.max_steps}: give exactly one of them",
+            )
+        micro, accumulation = self.micro_batch_size, self.gradient_accumulation_steps
+        if micro is None and accumulation is None:
+            yield Mistake(
+                "train.micro_batch_size",
+                "train.micro_batch_size is missing: give it or train.gradient_accumulation_steps",
+            )
+        if self.global_batch_size % ((micro or 1) * (accumulation or 1)):
+            factors = " * ".join(
+                f"train.{name} ({value})"
+                for name, value in (
+                    ("micro_batch_size", micro),
+                    ("gradient_accumulation_steps", accumulation),
+                )
+                if value is not None
+            )
+            yield about(
+                "train.global_batch_size", self.global_batch_size, f"expected a multiple of {factors}"
+            )
+
+
+class OptimizerSection(Section):
+    """The update rule. `lr`, `betas` and `eps` default by backbone and rule (see `default_values`)."""
+
+    name: Literal["adamw", "adamw8bit", "lion8bit"] = Field(
+        default="adamw", description="update rule; 8bit: states of the large matrices in 8 bits"
+    )
+    lr: Annotated[float, Field(gt=0.0)] = Field(description="peak learning rate; null = by backbone and name")
+    betas: tuple[
+        Annotated[float, Field(ge=0.0, lt=1.0)],
+        Annotated[float, Field(ge=0.0, lt=1.0)],
+    ] = Field(
+        description="decay per step of the gradient's mean and of its square (lion: of the update's mix and "
+        "of the mean); null = by backbone and name"
+    )
+    eps: Annotated[float, Field(gt=0.0)] = Field(
+        description="adamw, adamw8bit: added to the root of the second moment; null = by backbone"
+    )
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.1,
+        description="decoupled decay per step, relative to the learning rate; large matrices only",
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="course of the learning rate after the warm-up"
+    )
+    warmup_steps: NonNegative = Field(default=0, description="steps of linear rise to the peak (steps)")
+    min_lr_ratio: Fraction = Field(
+        default=0.1, description="learning rate at the last step over the peak; cosine and linear"
+    )
+
+
+class ZeroSection(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: Annotated[Whole, Field(ge=0, le=3)] = Field(
+        default=2,
+        description="what is split over ranks: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights",
+    )
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: Positive | None = Field(
+        default=1000, description="steps between checkpoints; null = only at the end of the run"
+    )
+    keep_last: Positive | None = Field(
+        default=None, description="newest checkpoints that are kept; older ones are removed; null = all"
+    )
+
+
+class LoggingSection(Section):
+    """Who hears of the run."""
+
+    every: Positive = Field(default=1, description="steps between lines on the console and in wandb (steps)")
+    wandb: Literal["disabled", "online", "offline"] = Field(
+        default="disabled", description="Weights & Biases; offline needs no account"
+    )
+    wandb_project: str = Field(default="dlm", description="name of the wandb project")
+
+
+_OWNED_BY_US = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "train.gradient_clipping",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "communication_data_type": "train.precision",
+    "zero_allow_untested_optimizer": "optimizer.name",
+    "zero_optimization.stage": "zero.stage",
+}
+
+
+# What other trainers call our keys; difflib cannot know.
+_OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "batch_size": "train.global_batch_size",
+    "steps": "train.max_steps",
+    "epochs": "train.max_epochs",
+    "grad_clip": "train.gradient_clipping",
+    "max_grad_norm": "train.gradient_clipping",
+    "seq_len": "data.sequence_length",
+    "ctx_len": "data.sequence_length",
+    "n_layer": "model.num_hidden_layers",
+    "n_embd": "model.hidden_size",
+    "output_dir": "run.dir",
+    "save_every": "checkpoint.every",
+}
+
+
+class RunConfig(Section):
+    """A whole run. Build it with `load_config`, which also fills the defaults that depend on the backbone."""
+
+    run: RunSection = Field(description="where the run lives")
+    model: ModelSection = Field(description="the network")
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection, description="what is learned")
+    data: DataSection = Field(description="the rows")
+    train: TrainSection = Field(description="the loop")
+    optimizer: OptimizerSection = Field(description="the update rule")
+    zero: ZeroSection = Field(default_factory=ZeroSection, description="what is split over ranks")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="raw DeepSpeed configuration, merged last; keys that this tree owns are refused",
+    )
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="what is kept")
+    logging: LoggingSection = Field(default_factory=LoggingSection, description="who hears of it")
+    strict: bool = Field(default=False, description="a fallback (a missing library or kernel) is an error")
+
+    other_names: ClassVar[Mapping[str, str]] = _OTHER_NAMES
+
+    def contradictions(self) -> Iterator[Mistake]:
+        yield from self.contradictions_across({name: getattr(self, name) for name in type(self).model_fields})
+
+    @classmethod
+    def contradictions_across(cls, parts: Mapping[str, Any]) -> Iterator[Mistake]:
+        for check in (_evaluation_has_data, _warmup_ends, _deepspeed_is_free):
+            yield from check(parts)
+
+
+def _evaluation_has_data(parts: Mapping[str, Any]) -> Iterator[Mistake]:
+    if {"data", "train"} <= parts.keys():
+        every = parts["train"].eval_every
+        if every is not None and parts["data"].validation is None:
+            yield about("train.eval_every", every, "expected null, since data.validation is not given")
+
+
+def _warmup_ends(parts: Mapping[str, Any]) -> Iterator[Mistake]:
+    if {"optimizer", "train"} <= parts.keys():
+        warmup, steps = parts["optimizer"].warmup_steps, parts["train"].max_steps
+        if steps is not None and warmup > steps:
+            yield about("optimizer.warmup_steps", warmup, f"expected at most train.max_steps = {steps}")
+
+
+def _deepspeed_is_free(parts: Mapping[str, Any]) -> Iterator[Mistake]:
+    raw = parts.get("deepspeed", {})
+    for key, ours in _OWNED_BY_US.items():
+        present, value = lookup(raw, key)
+        if present:
+            yield about(f"deepspeed.{key}", value, f"set by this project itself: use {ours} and remove it")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step is cut: global = micro * accumulation * data-parallel ranks (samples)."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+
+
+def resolve_batch(train: TrainSection, world_size: int) -> BatchPlan:
+    """The batch sizes for `world_size` data-parallel ranks. Raises ConfigError where they do not multiply."""
+    total, micro, accumulation = (
+        train.global_batch_size,
+        train.micro_batch_size,
+        train.gradient_accumulation_steps,
+    )
+    if micro is None:
+        micro = total // (world_size * (accumulation or 1))
+    if accumulation is None:
+        accumulation = total // (world_size * max(1, micro))
+    if micro * accumulation * world_size != total:
+        given = [
+            f"train.{name} = {value}"
+            for name, value in (
+                ("micro_batch_size", train.micro_batch_size),
+                ("gradient_accumulation_steps", train.gradient_accumulation_steps),
+            )
+            if value is not None
+        ]
+        complete = len(given) == 2
+        raise ConfigError(
+            [
+                f"train.global_batch_size is {total}: expected "
+                + ("" if complete else "a multiple of ")
+                + " * ".join([*given, f"{world_size} ranks"])
+            ]
+        )
+    return BatchPlan(total, micro, accumulation)
+
+
+def default_values(backbone: object, optimizer: object, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults that hang on other values, by full key.
+
+    rwkv7: BlinkDL's recipe for x070 (RWKV-LM). qwen3: the usual AdamW of language models. Lion: Chen et al.,
+    "Symbolic Discovery of Optimization Algorithms", 2023: its second beta and a learning rate several times
+    smaller than AdamW's.
+    """
+    values: dict[str, Any] = {"optimizer.lr": 6e-4, "optimizer.betas": [0.9, 0.99], "optimizer.eps": 1e-18}
+    if backbone == "rwkv7":
+        values["model.head_size"] = 64
+    if backbone == "qwen3":
+        values |= {"optimizer.lr": 3e-4, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8}
+        values |= {"model.head_dim": 128, "model.tie_word_embeddings": False}
+        if isinstance(heads := model.get("num_attention_heads"), int):
+            values["model.num_key_value_heads"] = heads
+        if isinstance(hidden := model.get("hidden_size"), int):
+            values["model.intermediate_size"] = 3 * hidden
+    if optimizer == "lion8bit":
+        values |= {"optimizer.lr": 1e-4, "optimizer.betas": [0.9, 0.99]}
+    return values
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file (None: an empty one), apply `key.sub=value` overrides, fill, check.
+
+    Override values are YAML; an element of a list is named by its index (`data.train.0.weight=2`), and the
+    index one past the end appends. Raises ConfigError with every mistake of file and overrides.
+    """
+    mistakes: list[str] = []
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree, mistakes = settings.read(path)
+    for override in overrides:
+        mistakes += settings.apply_override(tree, override)
+    origin = "the command line" if path is None else f"{path} with overrides" if overrides else str(path)
+    _fill_defaults(tree)
+    return settings.validate(RunConfig, tree, mistakes, origin)
+
+
+def updated(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """`config` with new values by full key, e.g. {"model.vocab_size": 65536}, checked again as a whole."""
+    tree = config.model_dump(mode="json")
+    mistakes = [mistake for key, value in values.items() for mistake in settings.assign(tree, key, value)]
+    return settings.validate(RunConfig, tree, mistakes, "the configuration")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole resolved tree as YAML; `load_config` on it gives an equal tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _fill_defaults(tree: dict[str, Any]) -> None:
+    """Put in empty sections, so that their missing keys are named one by one, and `default_values`."""
+    for name in RunConfig.model_fields:
+        if name != "strict" and tree.get(name) is None:
+            tree[name] = {}
+    model, optimizer = tree["model"], tree["optimizer"]
+    if isinstance(model, dict) and isinstance(optimizer, dict):
+        for key, value in default_values(model.get("backbone"), optimizer.get("name"), model).items():
+            section, name = key.split(".")
+            if tree[section].get(name) is None:
+                tree[section][name] = value
