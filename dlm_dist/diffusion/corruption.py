@@ -101,9 +101,7 @@ def random_lengths(seed: int, positions: IntArray, sequence_length: int, probabi
 
 def keyed_words(seed: int, positions: IntArray, sequence_length: int) -> NDArray[np.uint64]:
     """One 64-bit word per token [B, T], keyed by (seed, position); token i's word ignores T."""
-    return np.stack(
-        [randomness.uint64(seed, "mask", int(position), sequence_length) for position in positions]
-    )
+    return np.stack([randomness.uint64(seed, "mask", int(position), sequence_length) for position in positions])
 
 
 def exact_count_masks(

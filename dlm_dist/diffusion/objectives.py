@@ -95,18 +95,14 @@ class MaskedDiffusion:
         )
 
 
-def visible_documents(
-    rows: RowsLike, there: NDArray[np.bool_], isolate_documents: bool
-) -> NDArray[np.int32] | None:
+def visible_documents(rows: RowsLike, there: NDArray[np.bool_], isolate_documents: bool) -> NDArray[np.int32] | None:
     """Document ids [B, T] for the model, -1 for the cut tails; None when every row is whole and one document."""
     if isolate_documents:
         return np.where(there, rows.document_ids, -1).astype(np.int32)
     return None if there.all() else np.where(there, 0, -1).astype(np.int32)
 
 
-def _text_bytes(
-    rows: RowsLike, tokens: IntArray, there: NDArray[np.bool_], token_bytes: IntArray | None
-) -> IntArray:
+def _text_bytes(rows: RowsLike, tokens: IntArray, there: NDArray[np.bool_], token_bytes: IntArray | None) -> IntArray:
     """Bytes of text [B] of the tokens that are there: the row's own count if it is whole, else by id."""
     if there.all():
         return rows.text_bytes

@@ -132,7 +132,11 @@ def _adamw(lr: float, betas: tuple[float, float], eps: float) -> tuple[type, dic
 def _adamw8bit(lr: float, betas: tuple[float, float], eps: float) -> tuple[type, dict[str, Any]]:
     import bitsandbytes
 
-    return type("AdamW8bit", (GroupBits, bitsandbytes.optim.AdamW8bit), {}), {"lr": lr, "betas": betas, "eps": eps}
+    return type("AdamW8bit", (GroupBits, bitsandbytes.optim.AdamW8bit), {}), {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+    }
 
 
 def _lion8bit(lr: float, betas: tuple[float, float], eps: float) -> tuple[type, dict[str, Any]]:

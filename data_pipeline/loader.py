@@ -1,0 +1,87 @@
+"""Positions to whole optimizer steps of rows, read ahead by threads.
+
+What a step holds is a pure function of its first position, so threads may finish in any order and a changed
+plan (resume, rollback, skipped ranges) only needs the read-ahead emptied. There is no other loader state.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from data_pipeline.order import SampleOrder, SkipList
+from data_pipeline.rows import Rows
+from data_pipeline.shards import ShardedSource
+
+Step = TypeVar("Step")
+
+
+class SampleStream:
+    """The endless sequence of training samples: sample number -> row, over weighted sources and skipped ranges."""
+
+    def __init__(
+        self,
+        sources: Sequence[ShardedSource],
+        weights: Sequence[float],
+        seed: int,
+        skip: SkipList | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        sizes = [min(source.num_rows, max_samples or source.num_rows) for source in sources]
+        self.sources = list(sources)
+        self.order = SampleOrder(sizes, weights, seed)
+        self.skip = skip if skip is not None else SkipList([])
+        self.epoch_length = sum(sizes)
+        """Samples in one epoch: as many as there are rows in all sources together."""
+
+    def positions(self, data_pos: int, n: int) -> np.ndarray:
+        """Global positions [n] of the samples number data_pos .. data_pos + n - 1."""
+        return self.skip.positions(data_pos, n)
+
+    def read(self, positions: np.ndarray) -> Rows:
+        """The rows at global `positions` [B], each read from its source and verified."""
+        source_of, _, row_of = self.order.locate(positions)
+        sequence_length = self.sources[0].sequence_length
+        tokens = np.empty((len(positions), sequence_length), dtype=np.int64)
+        document_ids = np.empty((len(positions), sequence_length), dtype=np.int32)
+        text_bytes = np.empty(len(positions), dtype=np.int64)
+        for number, source in enumerate(self.sources):
+            chosen = np.flatnonzero(source_of == number)
+            if len(chosen):
+                tokens[chosen], document_ids[chosen], text_bytes[chosen] = source.read(row_of[chosen])
+        return Rows(tokens=tokens, document_ids=document_ids, positions=positions, text_bytes=text_bytes)
+
+
+class ReadAhead(Generic[Step]):
+    """Prepared steps in order: `prepare(data_pos)` runs in threads, a few steps ahead of the consumer."""
+
+    def __init__(self, prepare: Callable[[int], Step], samples_per_step: int, depth: int, num_threads: int) -> None:
+        self._prepare = prepare
+        self._samples_per_step = samples_per_step
+        self._depth = max(1, depth)
+        self._pool = ThreadPoolExecutor(max_workers=max(1, num_threads), thread_name_prefix="read-ahead")
+        self._queue: deque[Future[Step]] = deque()
+        self._next_pos = 0
+
+    def seek(self, data_pos: int) -> None:
+        """Continue at sample number `data_pos`; what was read ahead is thrown away."""
+        for future in self._queue:
+            future.cancel()
+        self._queue.clear()
+        self._next_pos = data_pos
+
+    def next(self) -> Step:
+        """The step at the current position; errors of the reading thread are raised here."""
+        while len(self._queue) < self._depth:
+            self._queue.append(self._pool.submit(self._prepare, self._next_pos))
+            self._next_pos += self._samples_per_step
+        return self._queue.popleft().result()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.seek(0)
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,135 @@
+"""Bound on held-out rows: fixed rows, fixed noise, one number with its standard error.
+
+The noise of held-out row i is keyed by i and a constant seed, never by the run's: every evaluation of every
+run draws the same times and masks, so two numbers differ by their models alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from data_pipeline.shards import ShardedSource
+from numpy.typing import NDArray
+
+from data_pipeline.rows import Rows
+from dlm_dist.diffusion.corruption import NoisyBatch
+from dlm_dist.diffusion.model_inputs import model_inputs
+from dlm_dist.diffusion.objectives import MaskedDiffusion, Vocabulary
+
+EVALUATION_SEED = 20_240_607
+
+
+@dataclass(frozen=True)
+class HeldOutBound:
+    """Negative evidence bound on held-out rows."""
+
+    nats_per_token: float
+    standard_error: float
+    """Of `nats_per_token`, over rows."""
+    bits_per_byte: float | None
+    """None where the data set cannot tell the bytes of its text."""
+    rows: int
+    draws: int
+
+
+def held_out_batches(
+    source: ShardedSource, num_rows: int, draws: int, batch_size: int, isolate_documents: bool
+) -> Iterator[NoisyBatch]:
+    """Corrupted held-out rows, each row `draws` times; draw d of row i is sample i * draws + d."""
+    objective = MaskedDiffusion(
+        seed=EVALUATION_SEED,
+        vocabulary=Vocabulary(source.mask_id),
+        isolate_documents=isolate_documents,
+    )
+    total = min(num_rows, source.num_rows) * draws
+    for start in range(0, total, batch_size):
+        samples = np.arange(start, min(total, start + batch_size), dtype=np.int64)
+        tokens, document_ids, text_bytes = source.read(samples // draws)
+        rows = Rows(tokens=tokens, document_ids=document_ids, positions=samples, text_bytes=text_bytes)
+        yield objective.corrupt(rows)
+
+
+@torch.no_grad()
+def evaluate_bound(
+    model: Any,
+    source: ShardedSource,
+    device: torch.device,
+    *,
+    num_rows: int,
+    draws: int = 1,
+    batch_size: int = 8,
+    isolate_documents: bool = False,
+) -> HeldOutBound:
+    """Bound of `model` on the first `num_rows` rows of `source`.
+
+    Collective where torch.distributed runs: every rank must call. The rows are cut into the same batches for
+    any number of ranks, so the number does not depend on it; ZeRO-3 needs every rank to run as many forwards.
+    """
+    distributed = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    was_training = model.training
+    model.eval()
+    nats: dict[int, tuple[float, int, int]] = {}
+    batches = list(held_out_batches(source, num_rows, draws, batch_size, isolate_documents))
+    for first in range(0, len(batches), world):
+        index = first + rank
+        surplus = index >= len(batches)  # run, so that collectives match, and not counted
+        batch = batches[first] if surplus else batches[index]
+        sums = _nats_per_row(model, batch, device)
+        if not surplus:
+            for position, value, length, size in zip(
+                batch.positions, sums, batch.lengths, batch.text_bytes, strict=True
+            ):
+                nats[int(position)] = (float(value), int(length), int(size))
+    model.train(was_training)
+    if distributed:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, nats)
+        nats = {position: entry for part in parts for position, entry in part.items()}
+    return _summary(np.array([nats[position] for position in sorted(nats)]), draws)
+
+
+def _nats_per_row(model: Any, batch: NoisyBatch, device: torch.device) -> NDArray[np.float64]:
+    """Weighted nats of each sample [B], summed in fp64 on the host."""
+    inputs = model_inputs(batch, device)
+    losses = model(**inputs, per_row=True).double().cpu().numpy()
+    sample_of = inputs["supervised"].cpu().numpy() // batch.inputs.shape[1]
+    weighted = losses * inputs["weights"].double().cpu().numpy()
+    return np.bincount(sample_of, weights=weighted, minlength=len(batch.positions))
+
+
+def _summary(samples: NDArray[np.float64], draws: int) -> HeldOutBound:
+    """`samples` [rows * draws, 3]: nats, tokens, bytes."""
+    by_row = samples.reshape(-1, draws, 3).mean(axis=1)
+    nats, tokens, size = by_row.T
+    mean = nats.sum() / tokens.sum()
+    residual = nats - mean * tokens
+    count = len(by_row)
+    spread = math.sqrt(float((residual**2).sum()) / max(1, count - 1) * count) / tokens.sum()
+    known = bool((size >= 0).all()) and size.sum() > 0
+    return HeldOutBound(
+        nats_per_token=float(mean),
+        standard_error=float(spread),
+        bits_per_byte=float(nats.sum() / math.log(2) / size.sum()) if known else None,
+        rows=count,
+        draws=draws,
+    )
+
+
+def unigram_nats_per_token(
+    train: ShardedSource, held_out: ShardedSource, num_rows: int, vocab_size: int | None = None
+) -> float:
+    """Cross entropy of the first `num_rows` held-out rows under add-one smoothed token counts of all of `train`."""
+    counts = np.ones(vocab_size or train.vocab_size, dtype=np.int64)
+    for start in range(0, train.num_rows, 1024):
+        tokens, _, _ = train.read(np.arange(start, min(train.num_rows, start + 1024)))
+        counts += np.bincount(tokens.reshape(-1), minlength=len(counts))
+    log_probability = np.log(counts / counts.sum())
+    tokens, _, _ = held_out.read(np.arange(min(num_rows, held_out.num_rows)))
+    return float(-log_probability[tokens].mean())

@@ -1,0 +1,101 @@
+"""One optimizer step as a rank sees it: its micro-batches, and hashes of what the whole step holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from dlm_dist.config import BatchPlan
+from dlm_dist.diffusion.corruption import NoisyBatch
+from dlm_dist.diffusion.objectives import Objective, RowsLike
+
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """This rank's micro-batches of one optimizer step, with a digest of each row and of each row's noise."""
+
+    micro_batches: list[NoisyBatch]
+    digests: NDArray[np.uint8]
+    """[2, rows of this rank, 32] SHA-256 of each row's tokens, and of its mask, time and length."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What all ranks together hold in one step."""
+
+    denominator: int
+    """Tokens that the step accounts for."""
+    supervised: int
+    """Tokens that enter the loss."""
+    text_bytes: int | None
+    """Bytes of text behind the tokens; None where a source cannot tell."""
+    rows_sha256: str
+    noise_sha256: str
+
+
+def prepare_step(
+    read: Callable[[NDArray[np.int64]], RowsLike],
+    objective: Objective,
+    positions: NDArray[np.int64],
+    plan: BatchPlan,
+    rank: int,
+    world_size: int,
+) -> RankStep:
+    """Read and corrupt this rank's part of the step that holds `positions` [global batch].
+
+    Each rank takes a contiguous part, cut into micro-batches. Runs in the read-ahead threads.
+    """
+    mine = np.array_split(positions, world_size)[rank]
+    micro_batches = [
+        objective.corrupt(read(mine[start : start + plan.micro_batch_size]))
+        for start in range(0, len(mine), plan.micro_batch_size)
+    ]
+    return RankStep(micro_batches, np.concatenate([_digests(batch) for batch in micro_batches], axis=1))
+
+
+def _digests(batch: NoisyBatch) -> NDArray[np.uint8]:
+    rows, noise = [], []
+    for i in range(len(batch.positions)):
+        rows.append(hashlib.sha256(batch.targets[i].astype("<i8").tobytes()).digest())
+        drawn = hashlib.sha256(np.packbits(batch.masks[i]).tobytes())
+        drawn.update(batch.times[i : i + 1].astype("<f8").tobytes())
+        drawn.update(batch.lengths[i : i + 1].astype("<i8").tobytes())
+        noise.append(drawn.digest())
+    return np.frombuffer(b"".join(rows + noise), dtype=np.uint8).reshape(2, -1, _DIGEST_BYTES)
+
+
+def gather_totals(step: RankStep, group: dist.ProcessGroup | None) -> StepTotals:
+    """Sum and hash over all ranks. Collective: every rank must call. `group` carries host tensors (gloo).
+
+    The hashes run over the rows in the order of their positions, so they are the same for every topology.
+    """
+    known = all((batch.text_bytes >= 0).all() for batch in step.micro_batches)
+    numbers = np.array(
+        [
+            sum(batch.denominator for batch in step.micro_batches),
+            sum(int(batch.masks.sum()) for batch in step.micro_batches),
+            sum(int(batch.text_bytes.sum()) for batch in step.micro_batches) if known else -(2**50),
+        ],
+        dtype="<i8",
+    )
+    mine = torch.from_numpy(np.concatenate([numbers.view(np.uint8), step.digests.reshape(-1)]))
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    raw = np.stack([part.numpy() for part in parts])
+    sums = np.ascontiguousarray(raw[:, : numbers.nbytes]).view("<i8").sum(axis=0)
+    digests = raw[:, numbers.nbytes :].reshape(len(parts), 2, -1)
+    return StepTotals(
+        denominator=int(sums[0]),
+        supervised=int(sums[1]),
+        text_bytes=int(sums[2]) if sums[2] >= 0 else None,
+        rows_sha256=hashlib.sha256(digests[:, 0].tobytes()).hexdigest(),
+        noise_sha256=hashlib.sha256(digests[:, 1].tobytes()).hexdigest(),
+    )

@@ -1,0 +1,56 @@
+"""Joining the process group, on the device that the user asked for.
+
+Does not import deepspeed at its top: deepspeed reads DS_ACCELERATOR once, when it is first imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from dlm_dist.config import ConfigError
+
+
+def start_distributed(device: str) -> torch.device:
+    """Join the process group and choose this rank's device. Collective: every rank must call.
+
+    Must run before anything imports deepspeed: it reads DS_ACCELERATOR at import. `device` is auto, cpu, cuda or mps.
+    Without a launcher this is a world of one.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(["train.device is cuda, but torch sees no CUDA device: use train.device=cpu"])
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(["train.device is mps, but torch sees no MPS device: use train.device=cpu"])
+    if device == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(["train.device is mps, which runs as one process only: start one rank"])
+    os.environ["DS_ACCELERATOR"] = device
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(1, cores // local_world))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    import deepspeed
+
+    if "MASTER_PORT" in os.environ:
+        deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+    else:
+        _join_world_of_one("nccl" if device == "cuda" else "gloo")
+    return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+
+
+def _join_world_of_one(backend: str) -> None:
+    """A process group without a port to collide on."""
+    import deepspeed
+
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)

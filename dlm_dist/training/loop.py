@@ -1,0 +1,159 @@
+"""The training loop: read, corrupt, forward, backward, step, record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.loader import ReadAhead
+from dlm_dist.config import BatchPlan, RunConfig
+from dlm_dist.diffusion.model_inputs import model_inputs
+from dlm_dist.training.batches import RankStep, StepTotals, gather_totals
+from dlm_dist.training.engine import gradient_norm, set_learning_rate
+from dlm_dist.training.lr_schedules import lr_factor
+from dlm_dist.training.metrics import MetricsLog, Stopwatch
+
+
+class TrainingStoppedError(RuntimeError):
+    """The run cannot go on by itself; the message says why and what to do."""
+
+
+@dataclass
+class Progress:
+    """Where the run stands: everything that changes from step to step besides the tensors."""
+
+    step: int = 0
+    """Completed optimizer steps, skipped ones included."""
+    data_pos: int = 0
+    """Samples of completed steps."""
+    skipped_steps: int = 0
+    """Steps whose update was left out because loss or gradient was not finite."""
+    skips_in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything a step needs. `log` is None on ranks other than 0.
+
+    The callbacks run between steps on every rank, since they hold collectives: `evaluate(step)` on held-out rows,
+    `sample(step)` for a text, `save(progress)` for a checkpoint.
+    """
+
+    config: RunConfig
+    plan: BatchPlan
+    max_steps: int
+    engine: Any
+    device: torch.device
+    host_group: dist.ProcessGroup | None
+    read_ahead: ReadAhead[RankStep]
+    is_bound: bool
+    peak_flops: float
+    """FLOP/s of all ranks together, for MFU."""
+    log: MetricsLog | None
+    evaluate: Callable[[int], None] | None
+    sample: Callable[[int], None] | None
+    save: Callable[[Progress], None]
+
+    def run(self, progress: Progress) -> None:
+        """Train from `progress` to the last step. Collective: every rank must call.
+
+        Raises TrainingStoppedError after train.max_consecutive_skips skipped steps in a row.
+        """
+        settings, every = self.config.train, self.config.checkpoint.every
+        self.engine.train()
+        self.read_ahead.seek(progress.data_pos)
+        while progress.step < self.max_steps:
+            started = time.perf_counter()
+            with Stopwatch() as waited:
+                batch = self.read_ahead.next()
+            totals = gather_totals(batch, self.host_group)
+            lr = self._learning_rate(progress.step)
+            set_learning_rate(self.engine, lr)
+            loss = self._train_step(batch, totals.denominator)
+            self._advance(progress)
+            if self.log is not None:
+                seconds = time.perf_counter() - started
+                self.log.step(self._record(progress, totals, loss, lr, seconds, waited.seconds))
+            if progress.skips_in_a_row >= settings.max_consecutive_skips:
+                raise TrainingStoppedError(
+                    f"{progress.skips_in_a_row} steps in a row had a loss or gradient that is not finite, the last "
+                    f"at data_pos {progress.data_pos}; resume from a checkpoint with a lower optimizer.lr, or "
+                    "leave these positions out with data.skip"
+                )
+            last = progress.step == self.max_steps
+            if self.evaluate is not None and (last or _due(settings.eval_every, progress.step)):
+                self.evaluate(progress.step)
+            if self.sample is not None and _due(settings.sample_every, progress.step):
+                self.sample(progress.step)
+            if last or _due(every, progress.step):
+                self.save(progress)
+
+    def _learning_rate(self, step: int) -> float:
+        settings = self.config.optimizer
+        return settings.lr * lr_factor(
+            settings.schedule, step, self.max_steps, settings.warmup_steps, settings.min_lr_ratio
+        )
+
+    def _train_step(self, batch: RankStep, denominator: int) -> float:
+        """Forward and backward over the micro-batches, one update -> loss over all ranks. Collective.
+
+        DeepSpeed averages gradients over ranks, so each micro-batch's sum is scaled by ranks / denominator: the
+        gradient is then exactly that of the global sum over the global denominator.
+        """
+        scale = dist.get_world_size() / denominator
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        for micro_batch in batch.micro_batches:
+            loss_sum = self.engine(**model_inputs(micro_batch, self.device))
+            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            self.engine.step()
+            total += loss_sum.detach()
+        dist.all_reduce(total)
+        return total.item() / denominator
+
+    def _advance(self, progress: Progress) -> None:
+        applied = self.engine.was_step_applied()
+        progress.step += 1
+        progress.data_pos += self.plan.global_batch_size
+        progress.skips_in_a_row = 0 if applied else progress.skips_in_a_row + 1
+        progress.skipped_steps += not applied
+
+    def _record(
+        self, progress: Progress, totals: StepTotals, loss: float, lr: float, seconds: float, waited: float
+    ) -> dict[str, Any]:
+        """One line of metrics.jsonl (docs/resume.md)."""
+        nats = loss * totals.denominator
+        return {
+            "step": progress.step,
+            "loss": loss,
+            "bound_nats_per_token": loss if self.is_bound else None,
+            "bits_per_byte": nats / 0.6931471805599453 / totals.text_bytes
+            if self.is_bound and totals.text_bytes
+            else None,
+            "grad_norm": gradient_norm(self.engine),
+            "lr": lr,
+            "tokens_per_second": totals.denominator / seconds,
+            "mfu": self._flops(totals) / seconds / self.peak_flops,
+            "data_pos": progress.data_pos,
+            "skipped": progress.skips_in_a_row > 0,
+            "step_seconds": seconds,
+            "data_wait_seconds": waited,
+            "rows_sha256": totals.rows_sha256,
+            "noise_sha256": totals.noise_sha256,
+        }
+
+    def _flops(self, totals: StepTotals) -> float:
+        """Model FLOPs of a step: backward counts twice the forward, the head runs on scored rows only."""
+        model, length = self.engine.module, self.config.data.sequence_length
+        assert length is not None
+        tokens = self.plan.global_batch_size * length
+        body = model.flops_per_token(length) * tokens
+        return 3.0 * (body + model.head_flops_per_row() * totals.supervised)
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,183 @@
+"""Where a run's numbers go: JSON lines (exact), the console, wandb. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+
+class JsonLines:
+    """An append-only file of JSON objects with a `step` each; floats read back bit-equal."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Keep the lines up to `step`; later ones, of a run that was cut short, move to NAME.replaced.jsonl."""
+        if not self.path.exists():
+            return
+        kept, replaced = [], []
+        for line in self.path.read_bytes().split(b"\n"):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # the end of a line that a kill cut off, or the empty end of the file
+            (kept if record["step"] <= step else replaced).append(line + b"\n")
+        if replaced:
+            with open(self.path.with_suffix(".replaced.jsonl"), "ab") as file:
+                file.writelines(replaced)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, self.path)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one object; values that JSON cannot hold (nan, inf) become null."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+
+class Console:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, start: int, total: int, every: int) -> None:
+        self._every = every
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(initial=start, total=total, unit="step", dynamic_ncols=True)
+        self._total = total
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show one step's numbers."""
+        text = (
+            f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  "
+            f"{record['tokens_per_second']:,.0f} tok/s"
+        )
+        if record["skipped"]:
+            text += "  (skipped: loss or gradient not finite)"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(1)
+        elif record["step"] % self._every == 0 or record["skipped"]:
+            self.line(f"step {record['step']}/{self._total}  {text}")
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class MetricsLog:
+    """metrics.jsonl, evaluations.jsonl and samples.jsonl of a run, its console and its wandb run."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        max_steps: int,
+        every: int,
+        wandb_settings: Mapping[str, Any] | None,
+    ) -> None:
+        self._files = {kind: JsonLines(run_dir / f"{kind}.jsonl") for kind in ("metrics", "evaluations", "samples")}
+        for file in self._files.values():
+            file.rewind(start_step)
+        self.console = Console(start_step, max_steps, every)
+        self._every = every
+        self._wandb = None
+        if wandb_settings is not None:
+            import wandb
+
+            self._wandb = wandb.init(**wandb_settings)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Id of the wandb run, for a resume to continue it."""
+        return self._wandb.id if self._wandb is not None else None
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One optimizer step."""
+        self._files["metrics"].write(record)
+        self.console.step(record)
+        if self._wandb is not None and record["step"] % self._every == 0:
+            numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+            self._wandb.log(numbers, step=record["step"])
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One evaluation on held-out rows."""
+        self._files["evaluations"].write(record)
+        self.console.line(
+            f"step {record['step']}  held-out bound {record['bound_nats_per_token']:.4f} "
+            f"+- {record['standard_error']:.4f} nats/token"
+            + (f"  {record['bits_per_byte']:.4f} bits/byte" if record["bits_per_byte"] is not None else "")
+        )
+        if self._wandb is not None:
+            self._wandb.log(
+                {f"validation/{key}": value for key, value in record.items() if isinstance(value, float)},
+                step=record["step"],
+            )
+
+    def sample(self, step: int, text: str) -> None:
+        """One generated text."""
+        self._files["samples"].write({"step": step, "text": text})
+        self.console.line(f"step {step}  sample: {text!r}")
+
+    def close(self) -> None:
+        """Flush and end the wandb run."""
+        self.console.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Stopwatch:
+    """Seconds spent in a `with` block."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._start
+
+
+def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product on this device, best of a few tries; the base of MFU.
+
+    Measured at every start, because no table knows every machine: MFU is relative to what this one can do
+    with the threads that this rank has.
+    """
+    size, tries = (8192, 5) if device.type == "cuda" else (1024, 4)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    torch.mm(a, b)
+    best = math.inf
+    for _ in range(tries):
+        with Stopwatch() as watch:
+            result = torch.mm(a, b)
+            result[0, 0].item()
+        best = min(best, watch.seconds)
+    return 2.0 * size**3 / best

@@ -1,0 +1,84 @@
+"""Pretrain a masked-diffusion language model: `deepspeed launcher/pretrain.py --config FILE [key.sub=value ...]`.
+
+One process per device, started by `deepspeed`, `torchrun` or `srun`; without a launcher it runs as one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; deepspeed adds --local_rank."""
+    parser = argparse.ArgumentParser(prog="pretrain.py", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|CHECKPOINT",
+        help="auto: the newest checkpoint that verifies, or a fresh start if there is none; or the path of one",
+    )
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace those of the file")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Run; 0 only when the last step was reached."""
+    options = parse_arguments(arguments)
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    try:
+        _run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("DLM_DEBUG") == "1" or not _is_for_the_user(error):
+            raise
+        _tell(str(error))
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dlm_dist.config import load_config
+
+    config = load_config(options.config, options.overrides)
+
+    from dlm_dist.training.distributed import start_distributed
+
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = start_distributed(config.train.device)
+
+    import torch
+
+    from dlm_dist.training.run import train
+
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    train(config, device, options.resume, [Path(sys.executable).name, *sys.argv])
+    torch.distributed.destroy_process_group()
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """A mistake that the user can mend, said in a sentence; anything else deserves its traceback."""
+    from data_pipeline.errors import DataError
+    from dlm_dist.config import ConfigError
+    from dlm_dist.training.checkpoint import CheckpointError
+    from dlm_dist.training.loop import TrainingStoppedError
+
+    return isinstance(error, (ConfigError, DataError, CheckpointError, TrainingStoppedError, OSError))
+
+
+def _tell(sentence: str) -> None:
+    """Ranks usually fail alike: the first one tells it, the others only if nobody has stopped them by then."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(3)
+    print(f"pretrain: error: {sentence}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.exit(main(sys.argv[1:]))
