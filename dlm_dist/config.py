@@ -551,9 +551,9 @@ def _fill_defaults(tree: dict[str, Any]) -> None:
     for name in RunConfig.model_fields:
         if name != "strict" and tree.get(name) is None:
             tree[name] = {}
-    model, optimizer = tree["model"], tree["optimizer"]
-    if isinstance(model, dict) and isinstance(optimizer, dict):
-        for key, value in default_values(model.get("backbone"), optimizer.get("name"), model).items():
-            section, name = key.split(".")
-            if tree[section].get(name) is None:
-                tree[section][name] = value
+    # A section that is no mapping is reported later; the defaults of the others do not wait for it.
+    model, optimizer = (tree[name] if isinstance(tree[name], dict) else {} for name in ("model", "optimizer"))
+    for key, value in default_values(model.get("backbone"), optimizer.get("name"), model).items():
+        section, name = key.split(".")
+        if isinstance(tree[section], dict) and tree[section].get(name) is None:
+            tree[section][name] = value

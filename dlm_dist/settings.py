@@ -372,7 +372,7 @@ def _in_words(annotation: Any) -> str:
     elif origin is tuple:
         text = f"[{', '.join(_in_words(argument) for argument in arguments)}]"
     elif fields := _fields(inner):
-        text = f"{{{', '.join(fields)}}}"
+        text = f"{{{', '.join(fields)}}}" if len(fields) < 6 else "a section of keys"
     else:
         text = _SIMPLE.get(inner, "a section")
     bounds = [
