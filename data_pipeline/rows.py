@@ -1,0 +1,38 @@
+"""Rows of tokens, the form in which data reaches the objectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch of packed rows.
+
+    tokens: int64 [B, T], ids of the tokenizer.
+    document_ids: int32 [B, T], equal where two tokens of a row belong to the same document; -1 marks
+        positions that are not there (a truncated tail).
+    positions: int64 [B], the global position of each row in the data order.
+    text_bytes: int64 [B], UTF-8 bytes of text that the row's tokens stand for (0 for end-of-text tokens).
+    """
+
+    tokens: NDArray[np.int64]
+    document_ids: NDArray[np.int32]
+    positions: NDArray[np.int64]
+    text_bytes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> Rows:
+        """The rows `rows` of the batch, as views."""
+        return Rows(self.tokens[rows], self.document_ids[rows], self.positions[rows], self.text_bytes[rows])
+
+
+def document_ids(tokens: NDArray[np.integer], eos_id: int) -> NDArray[np.int32]:
+    """Number the documents of each row from 0, [..., T] -> [..., T]; end of text ends its document."""
+    ends = tokens == eos_id
+    return (np.cumsum(ends, axis=-1) - ends).astype(np.int32)

@@ -1,0 +1,1 @@
+"""One tokenizer library or vocabulary per module."""

@@ -1,0 +1,22 @@
+"""The printable alphabet in which byte-level BPE vocabularies spell bytes (GPT-2's `bytes_to_unicode`)."""
+
+from __future__ import annotations
+
+
+def _alphabet() -> dict[str, int]:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in set(printable)]
+    spelled = {chr(value): value for value in printable}
+    spelled.update({chr(256 + i): value for i, value in enumerate(others)})
+    return spelled
+
+
+BYTE_OF_CHARACTER = _alphabet()
+
+
+def spelled_bytes(token: str) -> bytes | None:
+    """The bytes that a vocabulary entry spells; None if a character is outside the alphabet."""
+    try:
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        return None
