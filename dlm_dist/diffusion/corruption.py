@@ -62,26 +62,34 @@ class NoisyBatch:
 def stratified_times(seed: int, positions: IntArray) -> FloatArray:
     """Times in [0, 1) for `positions` [B] -> [B], uniform each, stratified over any aligned block of positions.
 
-    Within each window of 2**16 positions this is van der Corput's sequence in base 2 under a keyed Owen
-    scramble (Owen, "Randomly permuted (t,m,s)-nets", 1995): any aligned block of 2**m positions has exactly
-    one time in each interval of length 2**-m, whatever batch it is cut into.
+    Within each window of 2**16 positions this is van der Corput's sequence in base 2 under two keyed nested
+    scrambles (Owen, "Randomly permuted (t,m,s)-nets", 1995): any aligned block of 2**m positions has exactly one
+    time in each interval of length 2**-m, whatever batch it is cut into. The scramble of the index decides which
+    position gets which interval, that of the digits where in the interval its time lies.
     """
     bits = TIME_WINDOW_BITS
-    windows = positions >> bits
-    index = (positions & ((1 << bits) - 1)).astype(np.uint64)
     key = randomness.derive_seed(seed, "time")
-    one = np.uint64(1)
-    # The j-th binary digit of the fraction is the j-th lowest bit of the index, flipped by a hash of the
-    # digits before it: a nested scramble, so digits that two positions share stay shared.
-    fraction = np.zeros_like(index)
-    prefix = randomness.hash_uint64(key, windows)
-    for _ in range(bits):
-        digit = (index & one) ^ (randomness.hash_uint64(key + 1, prefix) & one)
-        prefix = randomness.hash_uint64(key + 2, prefix * np.uint64(2) + (index & one))
-        fraction = (fraction << one) | digit
-        index = index >> one
+    window = randomness.hash_uint64(key, positions >> bits)
+    index = _nested_scramble(key + 1, window, positions & ((1 << bits) - 1))
+    reversed_index = np.zeros_like(index)
+    for bit in range(bits):
+        reversed_index |= ((index >> np.uint64(bit)) & np.uint64(1)) << np.uint64(bits - 1 - bit)
+    fraction = _nested_scramble(key + 2, window, reversed_index)
     jitter = randomness.to_unit_interval(randomness.hash_uint64(key + 3, positions))
     return (fraction.astype(np.float64) + jitter) * 2.0**-bits
+
+
+def _nested_scramble(key: int, window: NDArray[np.uint64], values: NDArray[np.integer]) -> NDArray[np.uint64]:
+    """Flip each of the 16 bits of `values` by a hash of the bits above it: a bijection that keeps aligned blocks."""
+    values = values.astype(np.uint64)
+    result = np.zeros_like(values)
+    for bit in range(TIME_WINDOW_BITS):
+        above = values >> np.uint64(bit + 1)
+        # A leading one tells the levels apart, so that equal prefixes of different length hash differently.
+        prefix = above | np.uint64(1 << (TIME_WINDOW_BITS - bit))
+        flip = randomness.hash_uint64(key, window ^ prefix)
+        result |= (((values >> np.uint64(bit)) ^ flip) & np.uint64(1)) << np.uint64(bit)
+    return result
 
 
 def random_lengths(seed: int, positions: IntArray, sequence_length: int, probability: float) -> IntArray:
