@@ -1,0 +1,184 @@
+"""Qwen3 as a diffusion backbone: transformers' own layers, with attention that may look both ways.
+
+Parameters carry the names of transformers' `Qwen3ForCausalLM`, and with `direction: causal` the logits are its
+logits. Attention runs through PyTorch's SDPA; a mask tensor is built only for packed documents or a caller's bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
+
+from dlm_dist.models.loss_head import LossHead
+from dlm_dist.models.outputs import DenoiserOutput
+from dlm_dist.randomness import derive_seed
+
+DIRECTIONS = ("bidirectional", "causal")
+
+
+@strict
+class Qwen3DiffusionConfig(Qwen3Config):
+    """Qwen3's sizes plus the mask token and the direction of attention.
+
+    `mask_token_id` is the id that stands for a hidden token; `direction` is "bidirectional" or "causal". Unlike in
+    `Qwen3Config`, `num_key_value_heads` is by default the number of attention heads, and the rotary base is
+    the 1e6 of all published Qwen3 models.
+    """
+
+    model_type = "dlm_qwen3"
+    default_theta = 1_000_000.0
+
+    num_key_value_heads: int | None = None
+    use_cache: bool = False
+    mask_token_id: int | None = None
+    direction: str = "bidirectional"
+
+    def __post_init__(self, **kwargs: object) -> None:
+        super().__post_init__(**kwargs)
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction is {self.direction!r}: Qwen3 knows {' and '.join(DIRECTIONS)}.")
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id {self.mask_token_id} lies outside the vocabulary of {self.vocab_size}.")
+        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}."
+            )
+        if self.use_sliding_window:
+            raise ValueError("use_sliding_window is true: sliding-window layers are not supported, set it to false.")
+
+
+class Qwen3ForDiffusion(Qwen3PreTrainedModel):
+    """Qwen3 layers and a loss head (tied to the embedding with `tie_word_embeddings`)."""
+
+    config: Qwen3DiffusionConfig
+    config_class = Qwen3DiffusionConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' protocol
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    def __init__(self, config: Qwen3DiffusionConfig) -> None:
+        super().__init__(config)
+        if config._attn_implementation != "sdpa":
+            raise ValueError(
+                f"attn_implementation is {config._attn_implementation!r}: Qwen3ForDiffusion runs with 'sdpa' only."
+            )
+        self.model = Qwen3Model(config)
+        self.lm_head = LossHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @property
+    def direction(self) -> str:
+        """ "bidirectional" or "causal"."""
+        return self.config.direction
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        supervised: Tensor | None = None,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        per_row: bool = False,
+    ) -> DenoiserOutput | Tensor | tuple[Tensor, Tensor]:
+        """Logits of every position, or the loss of the supervised ones.
+
+        `input_ids` [B, T]. `document_ids` [B, T]: tokens see each other only where ids are equal, and nobody sees -1;
+        None means that each row is one document. `attention_bias` [B or 1, 1, T, T] is added to the attention scores
+        of every layer and head that documents and direction leave open (its gradient is kept).
+
+        Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
+        [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
+        the unweighted losses [M] fp32.
+        """
+        mask, positions = self._visibility(input_ids, document_ids, attention_bias)
+        hidden = self.model(
+            input_ids,
+            attention_mask={"full_attention": mask},
+            position_ids=positions,
+            use_cache=False,
+            is_causal=self.direction == "causal",
+        ).last_hidden_state
+        if supervised is None:
+            return DenoiserOutput(logits=self.lm_head(hidden))
+        if targets is None or weights is None:
+            raise ValueError("supervised rows need targets [M] and weights [M] beside them.")
+        rows = hidden.flatten(0, 1).index_select(0, supervised)
+        return self.lm_head(rows, targets, weights, per_row=per_row)
+
+    def _visibility(
+        self, input_ids: Tensor, document_ids: Tensor | None, attention_bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """SDPA mask [B, 1, T, T] (True or 0 = visible) and rotary positions [B, T]; None where SDPA needs none.
+
+        Positions count from the first token of each document, so that a packed document meets the same rotations as
+        the same document alone. They would not separate documents by themselves, hence the mask.
+        """
+        if document_ids is None and attention_bias is None:
+            return None, None
+        batch, length = input_ids.shape
+        index = torch.arange(length, device=input_ids.device)
+        visible = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device)
+        positions = None
+        if document_ids is not None:
+            same = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids[:, None, :] >= 0)
+            positions = index - same.to(torch.uint8).argmax(dim=-1)
+            visible = same[:, None]
+        if self.direction == "causal":
+            visible = visible & (index[:, None] >= index[None, :])
+        if attention_bias is None:
+            return visible, positions
+        if attention_bias.dim() != 4 or attention_bias.shape[1:] != (1, length, length):
+            raise ValueError(
+                f"attention_bias must be [{batch}, 1, {length}, {length}], got {tuple(attention_bias.shape)}."
+            )
+        bias = attention_bias.to(self.model.embed_tokens.weight.dtype)
+        return bias.masked_fill(~visible, -torch.inf), positions
+
+    @torch.no_grad()
+    def initialize_(self, seed: int) -> None:
+        """Draws every parameter anew as transformers does: normal(0, `initializer_range`), norms 1, biases 0.
+
+        Each parameter has a generator of its own, seeded by (seed, its name), and is drawn in fp32 on the CPU: the
+        values depend neither on the order of the parameters nor on device and dtype.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
+                drawn = torch.empty(parameter.shape, dtype=torch.float32)
+                parameter.copy_(drawn.normal_(0.0, self.config.initializer_range, generator=generator))
+            else:
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+        if self.config.pad_token_id is not None:
+            self.model.embed_tokens.weight[self.config.pad_token_id] = 0.0
+
+    def parameter_roles(self) -> dict[str, str]:
+        """The role of each name in `named_parameters()`: matrix, embedding, head (if untied) or vector."""
+        special = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+        return {
+            name: special.get(name, "matrix" if parameter.dim() == 2 else "vector")
+            for name, parameter in self.named_parameters()
+        }
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward FLOPs of the layers per token (2 per multiply-add), without embedding and head.
+
+        Scores and weighted values count each visible key once: all T keys, or (T + 1) / 2 on average when causal.
+        """
+        config = self.config
+        attention_width = config.num_attention_heads * config.head_dim
+        assert config.num_key_value_heads is not None
+        key_value_width = config.num_key_value_heads * config.head_dim
+        projections = config.hidden_size * 2 * (attention_width + key_value_width)
+        mlp = 3 * config.hidden_size * config.intermediate_size
+        keys = sequence_length if self.direction == "bidirectional" else (sequence_length + 1) / 2
+        return config.num_hidden_layers * 2.0 * (projections + mlp + 2 * attention_width * keys)
+
+    def head_flops_per_row(self) -> float:
+        """Forward FLOPs of the head for one row (2 per multiply-add)."""
+        return 2.0 * self.config.hidden_size * self.config.vocab_size
