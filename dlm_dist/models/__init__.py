@@ -1,0 +1,106 @@
+"""The backbones by name, and loading a model from wherever this project or transformers saved one.
+
+Importing this package registers every backbone with transformers' `AutoConfig` and `AutoModel`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from dlm_dist.models.qwen3 import Qwen3DiffusionConfig, Qwen3ForDiffusion
+
+BACKBONES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "qwen3": (Qwen3DiffusionConfig, Qwen3ForDiffusion),
+}
+
+for _config_class, _model_class in BACKBONES.values():
+    AutoConfig.register(_config_class.model_type, _config_class)
+    AutoModel.register(_config_class, _model_class)
+
+# Fields whose default would be a guess.
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "mask_token_id")
+_REQUIRED_BESIDE = {"qwen3": ("num_attention_heads",)}
+
+
+def build(backbone: str, *, seed: int = 0, **sizes: Any) -> PreTrainedModel:
+    """A new fp32 model on the CPU, initialised by `seed`; the global random state is neither read nor moved.
+
+    `sizes` are fields of the backbone's configuration; vocab_size, hidden_size, num_hidden_layers and mask_token_id
+    must be given, for qwen3 also num_attention_heads. Raises ValueError for an unknown backbone or field (naming the
+    nearest one), a missing field, and values of the wrong type or that contradict each other.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"Unknown backbone {backbone!r}: there are {', '.join(sorted(BACKBONES))}.")
+    config_class, model_class = BACKBONES[backbone]
+    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    for name in sizes:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {nearest[0]!r}?" if nearest else "."
+            raise ValueError(f"{backbone} has no configuration field {name!r}{hint}")
+    required = _REQUIRED + _REQUIRED_BESIDE.get(backbone, ())
+    missing = [name for name in required if sizes.get(name) is None]
+    if missing:
+        raise ValueError(f"{backbone} needs a value for {', '.join(missing)}.")
+    # The values come from initialize_ alone, so drawing transformers' own first would only cost time.
+    with no_init_weights():
+        model = model_class(_configure(config_class, sizes)).float()
+    model.tie_weights()
+    model.initialize_(seed)
+    return model
+
+
+def _configure(config_class: type[PreTrainedConfig], sizes: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return config_class(**sizes)
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+
+
+def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model saved at `path`, on the CPU, in eval mode, in `dtype` (None: as stored).
+
+    `path` is a checkpoint (`RUN/checkpoints/step-N`, whose `model/` is read), a `model/` folder, or any folder that
+    `save_pretrained` wrote for one of our backbones. Raises ValueError when there is no such model or it is
+    incomplete.
+    """
+    folder = _model_folder(Path(path))
+    config = AutoConfig.from_pretrained(folder)
+    model_classes = dict(BACKBONES.values())
+    if type(config) not in model_classes:
+        ours = ", ".join(sorted(config_class.model_type for config_class in model_classes))
+        raise ValueError(
+            f"{folder / 'config.json'} says model_type {config.model_type!r}, which is none of ours ({ours}):"
+            " convert the model first with `dlm convert`."
+        )
+    model_class: Any = model_classes[type(config)]  # from_pretrained's annotation knows no loading info
+    model, report = model_class.from_pretrained(folder, config=config, dtype=dtype or "auto", output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            names = sorted(str(key) for key in report[kind])
+            raise ValueError(f"The weights in {folder} do not fit its config.json: {kind} {', '.join(names[:5])}.")
+    return model.eval()
+
+
+def _model_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"No model at {path}: there is no such folder.")
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            if not any(folder.glob("*.safetensors")):
+                raise ValueError(
+                    f"{folder} has a config.json but no .safetensors file: the model's weights are missing."
+                )
+            return folder
+    raise ValueError(
+        f"No model at {path}: neither it nor a folder model/ in it holds a config.json."
+        " Name a checkpoint (RUN/checkpoints/step-N) or a folder written by save_pretrained."
+    )

@@ -23,20 +23,23 @@ DIRECTIONS = ("bidirectional", "causal")
 class Qwen3DiffusionConfig(Qwen3Config):
     """Qwen3's sizes plus the mask token and the direction of attention.
 
-    `mask_token_id` is the id that stands for a hidden token; `direction` is "bidirectional" or "causal". Unlike in
-    `Qwen3Config`, `num_key_value_heads` is by default the number of attention heads, and the rotary base is
-    the 1e6 of all published Qwen3 models.
+    `mask_token_id` is the id that stands for a hidden token; `direction` is "bidirectional" or "causal". Defaults
+    that differ from `Qwen3Config`: `intermediate_size` 3 * hidden_size, `num_key_value_heads` the number of attention
+    heads, and the rotary base 1e6 of all published Qwen3 models.
     """
 
     model_type = "dlm_qwen3"
     default_theta = 1_000_000.0
 
+    intermediate_size: int | None = None  # type: ignore[assignment]
     num_key_value_heads: int | None = None
     use_cache: bool = False
     mask_token_id: int | None = None
     direction: str = "bidirectional"
 
     def __post_init__(self, **kwargs: object) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 3 * self.hidden_size
         super().__post_init__(**kwargs)
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction is {self.direction!r}: Qwen3 knows {' and '.join(DIRECTIONS)}.")
@@ -173,6 +176,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         config = self.config
         attention_width = config.num_attention_heads * config.head_dim
         assert config.num_key_value_heads is not None
+        assert config.intermediate_size is not None
         key_value_width = config.num_key_value_heads * config.head_dim
         projections = config.hidden_size * 2 * (attention_width + key_value_width)
         mlp = 3 * config.hidden_size * config.intermediate_size
