@@ -150,9 +150,7 @@ class ModelSection(Section):
                 f"expected a multiple of model.head_size = {self.head_size}",
             )
         if self.tie_directions and self.direction == "causal":
-            yield about(
-                "model.tie_directions", True, "expected false, since model.direction is causal: one scan only"
-            )
+            yield about("model.tie_directions", True, "expected false, since model.direction is causal: one scan only")
 
     def _qwen3(self) -> Iterator[Mistake]:
         if self.tie_directions:
@@ -204,21 +202,17 @@ class SourceSection(Section):
 class DataSection(Section):
     """Which rows are read, in units of samples (packed rows)."""
 
-    train: Annotated[tuple[SourceSection, ...], Field(min_length=1)] = Field(
-        description="data sets to train on, each with a path and a weight"
+    train: tuple[SourceSection, ...] = Field(
+        default=(), description="data sets to train on, each with a path and a weight; at least one"
     )
-    validation: Location | None = Field(
-        default=None, description="data set of held-out rows; null = no evaluation"
-    )
+    validation: Location | None = Field(default=None, description="data set of held-out rows; null = no evaluation")
     sequence_length: Positive | None = Field(
         default=None, description="tokens per row; null = that of the training data"
     )
     random_length_prob: Fraction = Field(
         default=0.01, description="share of samples cut to a length drawn uniformly from 1 to sequence_length"
     )
-    isolate_documents: bool = Field(
-        default=False, description="tokens see only their own document within a packed row"
-    )
+    isolate_documents: bool = Field(default=False, description="tokens see only their own document within a packed row")
     skip: tuple[tuple[NonNegative, Positive], ...] = Field(
         default=(), description="ranges of sample positions to leave out, each [first, one past the last]"
     )
@@ -229,11 +223,11 @@ class DataSection(Section):
     loader_threads: Positive = Field(default=2, description="threads that read and corrupt rows, per rank")
 
     def contradictions(self) -> Iterator[Mistake]:
+        if not self.train:
+            yield Mistake("data.train", "data.train is missing: expected a list of data sets, each {path, weight}")
         for i, (start, end) in enumerate(self.skip):
             if start >= end:
-                yield about(
-                    f"data.skip.{i}", [start, end], "expected [start, end) with start smaller than end"
-                )
+                yield about(f"data.skip.{i}", [start, end], "expected [start, end) with start smaller than end")
 
 
 class TrainSection(Section):
@@ -304,9 +298,7 @@ class TrainSection(Section):
                 )
                 if value is not None
             )
-            yield about(
-                "train.global_batch_size", self.global_batch_size, f"expected a multiple of {factors}"
-            )
+            yield about("train.global_batch_size", self.global_batch_size, f"expected a multiple of {factors}")
 
 
 class OptimizerSection(Section):
@@ -543,7 +535,7 @@ def updated(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The whole resolved tree as YAML; `load_config` on it gives an equal tree."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
 
 
 def _fill_defaults(tree: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ its value, what is expected there or the nearest valid key. Nothing here knows w
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import types
@@ -209,13 +210,18 @@ def validate(root: type[S], tree: dict[str, Any], mistakes: Sequence[str], origi
     return root(**parts)
 
 
+@functools.cache
+def _adapter(root: type[Section], name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_annotation(root, (name,)))
+
+
 def _check_part(root: type[Section], name: str, value: Any) -> tuple[Any, list[str]]:
     """One value of the root, typed, and the sentences about it.
 
     Where single keys are wrong, the rest of the section is still searched for contradictions; only those that
     name a key which the user wrote are reported, since the others may follow from the keys left out.
     """
-    adapter: TypeAdapter[Any] = TypeAdapter(_annotation(root, (name,)))
+    adapter = _adapter(root, name)
     try:
         # JSON mode: lists become tuples and text becomes paths, everything else stays strict.
         return adapter.validate_json(json.dumps(value, default=str)), []
@@ -227,9 +233,7 @@ def _check_part(root: type[Section], name: str, value: Any) -> tuple[Any, list[s
         rest = {key: item for key, item in value.items() if key not in wrong}
         # A required number that is missing or wrong is stood in for by 1, so that the others can be compared.
         required = {key for key, field in _fields(_annotation(root, (name,))).items() if field.is_required()}
-        numbers = {
-            key for key in wrong & required if _strip(_annotation(root, (name, key)))[0] in (int, float)
-        }
+        numbers = {key for key in wrong & required if _strip(_annotation(root, (name, key)))[0] in (int, float)}
         try:
             adapter.validate_json(json.dumps(dict.fromkeys(numbers, 1) | rest, default=str))
         except ValidationError as error:
@@ -253,9 +257,7 @@ def _sentences(root: type[Section], details: Sequence[Any], name: str) -> tuple[
         elif detail["type"] == "missing":
             found.append(f"{key} is missing: expected {_in_words(_annotation(root, location))}")
         else:
-            found.append(
-                about(key, detail["input"], f"expected {_in_words(_annotation(root, location))}").sentence
-            )
+            found.append(about(key, detail["input"], f"expected {_in_words(_annotation(root, location))}").sentence)
     return found, contradictions
 
 
@@ -290,12 +292,12 @@ def _unknown(root: type[Section], location: tuple[int | str, ...], value: object
     prefix = key[: -len(name)]
     every = list(_keys_below(root, "", deep=True))
     by_name = {other.rpartition(".")[2]: other for other in reversed(every)}
-    if close := difflib.get_close_matches(name, list(siblings), 1, 0.6):
+    if name in root.other_names:
+        nearest = root.other_names[name]
+    elif close := difflib.get_close_matches(name, list(siblings), 1, 0.6):
         nearest = prefix + close[0]
     elif close := difflib.get_close_matches(name, list(by_name), 1, 0.8):
         nearest = by_name[close[0]]
-    elif name in root.other_names:
-        nearest = root.other_names[name]
     else:
         nearest = difflib.get_close_matches(key, every, 1, 0.0)[0]
     return f"{key} ({_show(value)}) is not a key: the nearest valid one is {nearest}"
@@ -357,8 +359,11 @@ _BOUNDS: tuple[tuple[type, str, str], ...] = (
     (annotated_types.Gt, "gt", "above"),
     (annotated_types.Le, "le", "at most"),
     (annotated_types.Lt, "lt", "below"),
-    (annotated_types.MinLen, "min_length", "of length at least"),
 )
+
+
+def _plain(bound: float) -> float:
+    return int(bound) if bound == int(bound) else bound
 
 
 def _in_words(annotation: Any) -> str:
@@ -376,7 +381,7 @@ def _in_words(annotation: Any) -> str:
     else:
         text = _SIMPLE.get(inner, "a section")
     bounds = [
-        f"{word} {getattr(item, name)}"
+        f"{word} {_show(_plain(getattr(item, name)))}"
         for item in metadata
         for kind, name, word in _BOUNDS
         if isinstance(item, kind)

@@ -1,0 +1,178 @@
+"""`dlm doctor`: what is installed here and what of it really works."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+_NEEDED = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "bitsandbytes",
+    "fla",
+    "webdataset",
+    "wandb",
+    "tokenizers",
+    "pyrwkv_tokenizer",
+    "safetensors",
+)
+_DISTRIBUTIONS = {"fla": "flash-linear-attention", "pyrwkv_tokenizer": "pyrwkv-tokenizer"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `works` is None where there was nothing to try."""
+
+    name: str
+    text: str
+    works: bool | None
+    needed: bool
+
+
+def add_info_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `dlm doctor`."""
+    doctor = subparsers.add_parser(
+        "doctor",
+        help="show versions and devices, and try what a run needs",
+        description="Show versions and devices and try what a run needs. The exit status is 1 when something that "
+        "a run here needs is missing or does not work.",
+    )
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """Print one line per finding. Returns 0 when everything that is needed here works."""
+    findings = []
+    for finding in examine():
+        mark = {True: "ok", False: "FAILS" if finding.needed else "no", None: ""}[finding.works]
+        print(f"{finding.name:<18} {mark:<6} {finding.text}".rstrip(), flush=True)
+        findings.append(finding)
+    broken = [finding.name for finding in findings if finding.needed and not finding.works]
+    print(f"missing for a run on this machine: {', '.join(broken)}" if broken else "everything a run needs works")
+    return 1 if broken else 0
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding, in the order of the report."""
+    version = platform.python_version()
+    yield Finding("python", f"{version} at {sys.executable}", sys.version_info >= (3, 11), True)
+    imported = {}
+    for name in _NEEDED:
+        finding = _try(name, partial(_import, name), needed=True)
+        imported[name] = finding.works
+        yield finding
+    if not imported["torch"]:
+        return
+    import torch
+
+    cuda = torch.cuda.is_available()
+    yield _try("triton", partial(_import, "triton"), needed=cuda)
+    if imported["deepspeed"]:
+        yield _try("accelerator", _accelerator, needed=True)
+    yield from _devices()
+    device = "cuda" if cuda else "cpu"
+    yield _try(f"bf16 on {device}", partial(_bf16, device), needed=False)
+    if imported["bitsandbytes"]:
+        for where in ("cpu", "cuda") if cuda else ("cpu",):
+            yield _try(f"8-bit step on {where}", partial(_eight_bit_step, where), needed=where == device)
+    # DeepSpeed compiles its shared-memory reduction for ranks on CPU when it is first used.
+    yield _try("g++", _compiler, needed=not cuda)
+    yield _try("ninja", _ninja, needed=not cuda)
+
+
+def _try(name: str, check: Callable[[], str], needed: bool) -> Finding:
+    """Run a check; whatever it raises is the finding, since the reason is what the user wants to read."""
+    try:
+        return Finding(name, check(), True, needed)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        return Finding(name, f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}", False, needed)
+
+
+def _import(name: str) -> str:
+    importlib.import_module(name)
+    return importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
+
+
+def _accelerator() -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    return f"{accelerator.device_name()}, communicates over {accelerator.communication_backend_name()}"
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads for torch", None, False)
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        text = (
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {torch.cuda.get_device_capability(index)}"
+        )
+        yield Finding(f"cuda:{index}", text, None, False)
+    if torch.backends.mps.is_available():
+        yield Finding("mps", "Apple GPU", None, False)
+
+
+def _bf16(device: str) -> str:
+    import torch
+
+    ones = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+    if (ones @ ones).float().mean().item() != 64.0:
+        raise RuntimeError("a product of two matrices of ones is wrong")
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else None
+    return "computed; the device only emulates it" if native is False else "computed"
+
+
+def _eight_bit_step(device: str) -> str:
+    """One AdamW8bit step on a tensor that is large enough for 8-bit states: each value moves by about lr."""
+    import bitsandbytes
+    import torch
+
+    parameter = torch.nn.Parameter(torch.zeros(64, 128, device=device))
+    optimizer = bitsandbytes.optim.AdamW8bit([parameter], lr=0.125, min_8bit_size=0)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = optimizer.state[parameter]["state1"].dtype
+    moved = parameter.detach().float().mean().item()
+    if state != torch.uint8 or abs(moved + 0.125) > 0.0125:
+        raise RuntimeError(f"an AdamW8bit step moved a value by {moved:.4f} instead of -0.125 with {state} states")
+    return "AdamW8bit took a step with 8-bit states"
+
+
+def _compiler() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "hello.cpp"), Path(folder, "hello")
+        source.write_text("#include <vector>\nint main() { return std::vector<int>(3).size() == 3 ? 0 : 1; }\n")
+        _output(["g++", "-std=c++17", str(source), "-o", str(program)])
+        _output([str(program)])
+    return _output(["g++", "-dumpfullversion"])
+
+
+def _ninja() -> str:
+    """torch starts ninja by name; in an environment that is not activated it lies beside the interpreter."""
+    beside = Path(sysconfig.get_path("scripts"), "ninja")
+    try:
+        return _output(["ninja", "--version"])
+    except FileNotFoundError:
+        if beside.exists():
+            raise RuntimeError(f"{beside} is not on PATH: activate the environment") from None
+        raise
+
+
+def _output(command: list[str]) -> str:
+    """The first line that a program prints. Raises when it cannot be started or fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.strip().partition("\n")[0]
