@@ -98,7 +98,7 @@ def evaluate_bound(
 def _nats_per_row(model: Any, batch: NoisyBatch, device: torch.device) -> NDArray[np.float64]:
     """Weighted nats of each sample [B], summed in fp64 on the host."""
     inputs = model_inputs(batch, device)
-    losses = model(**inputs, per_row=True).double().cpu().numpy()
+    losses = model(**inputs, per_row=True)[1].double().cpu().numpy()
     sample_of = inputs["supervised"].cpu().numpy() // batch.inputs.shape[1]
     weighted = losses * inputs["weights"].double().cpu().numpy()
     return np.bincount(sample_of, weights=weighted, minlength=len(batch.positions))

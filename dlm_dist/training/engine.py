@@ -63,7 +63,7 @@ def build_engine(model: Any, config: RunConfig, plan: BatchPlan) -> tuple[Any, l
         model, model.parameter_roles(), settings.lr, settings.weight_decay, settings.name.endswith("8bit")
     )
     table = group_table(groups)
-    # Casting replaces each parameter's storage, so these references keep the fp32 values alive until the masters have them.
+    # Casting gives each parameter another storage: these references keep the fp32 values until the masters have them.
     unrounded = {name: parameter.data for name, parameter in model.named_parameters()}
     for group in groups:
         group["lr"] = 0.0

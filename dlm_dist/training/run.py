@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dlm_dist.config import BatchPlan, ConfigError, RunConfig, resolve_batch, to
 from dlm_dist.diffusion.objectives import OBJECTIVES, Vocabulary
 from dlm_dist.evaluation.bound import evaluate_bound
 from dlm_dist.kernels import wkv7
+from dlm_dist.models.warm_start import initialize_from
 from dlm_dist.training import checkpoint
 from dlm_dist.training.batches import prepare_step
 from dlm_dist.training.engine import build_engine
@@ -85,6 +86,8 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         log = _open_log(config, progress, max_steps, resumed)
         if passed_over:
             log.console.line("\n".join(f"passed over: {problem}" for problem in passed_over))
+        if loading is not None:
+            log.console.line(_loading_text(loading, str(config.model.init_from)))
         log.console.line(_headline(model, config, plan, world, groups, resumed))
     objective = OBJECTIVES[config.objective.name](
         seed=config.run.seed,
@@ -161,7 +164,7 @@ def _resolve_sizes(config: RunConfig, source: ShardedSource) -> RunConfig:
     """Fill in what the data decides."""
     values: dict[str, Any] = {"data.sequence_length": source.sequence_length}
     if config.model.vocab_size is None:
-        values["model.vocab_size"] = max(source.vocab_size, source.mask_id + 1)
+        values["model.vocab_size"] = source.load_tokenizer().padded_vocab_size
     return updated(config, values)
 
 
@@ -171,8 +174,9 @@ def _sample_stream(config: RunConfig, sources: list[ShardedSource], resumed: Res
     if resumed is not None:
         data_pos = resumed.state["data_pos"]
         saved = SkipList([tuple(pair) for pair in resumed.state["skipped_ranges"]])
-        reached = int(saved.positions(data_pos, 1)[0]) if data_pos else 0
-        late = [pair for pair in SkipList(ranges).ranges if pair[0] < reached and pair not in saved.ranges]
+        reached = int(saved.positions(data_pos - 1, 1)[0]) + 1 if data_pos else 0
+        passed = saved.passed(data_pos)
+        late = [pair for pair in SkipList(ranges).ranges if pair[0] < reached and pair not in passed]
         if late:
             raise ConfigError(
                 [
@@ -180,7 +184,7 @@ def _sample_stream(config: RunConfig, sources: list[ShardedSource], resumed: Res
                     f"{reached}: resume from an earlier checkpoint to leave them out"
                 ]
             )
-        ranges += [pair for pair in saved.ranges if pair[0] < reached]
+        ranges += passed
     weights = [entry.weight for entry in config.data.train]
     return SampleStream(sources, weights, config.run.seed, SkipList(ranges), config.data.max_samples)
 
@@ -194,7 +198,7 @@ def _build_model(config: RunConfig, source: ShardedSource, resumed: Resume | Non
         sizes = config.model.sizes()
         model = models.build(config.model.backbone, seed=config.run.seed, mask_token_id=source.mask_id, **sizes)
         if config.model.init_from is not None:
-            report = models.initialize_from(model, config.model.init_from)
+            report = initialize_from(model, config.model.init_from)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, report
@@ -311,7 +315,7 @@ class Callbacks:
         """A checkpoint, then retention."""
         folder = self.config.run.dir / "checkpoints"
         state = self._trainer_state(progress)
-        tokenizer_files = {path.name: path.read_bytes() for path in sorted(self.source.tokenizer_dir.iterdir())}
+        tokenizer_files = {path.name: path.read_bytes() for path in sorted((self.source.folder / "tokenizer").iterdir())}
         snapshot = checkpoint.take_snapshot(self.engine, progress.step, state, tokenizer_files)
         path = checkpoint.save(snapshot, folder)
         if dist.get_rank() == 0:
@@ -380,7 +384,7 @@ def _record_start(
     plan: BatchPlan,
     world: int,
     groups: list[dict[str, Any]],
-    backend: Mapping[str, Any] | None,
+    backend: wkv7.Backend | None,
     loading: Mapping[str, Any] | None,
     peak: float,
 ) -> None:
@@ -407,7 +411,7 @@ def _record_start(
                 "torch_threads": torch.get_num_threads(),
             },
             "parameter_groups": groups,
-            "wkv7_backend": backend,
+            "wkv7_backend": asdict(backend) if backend is not None else None,
             "init_from": loading,
             "gemm_peak_flops": peak,
         }
@@ -452,6 +456,14 @@ def _headline(
     ]
     if resumed is not None:
         lines.append(f"resuming from {resumed.path}")
+    return "\n".join(lines)
+
+
+def _loading_text(report: Mapping[str, list[str]], source: str) -> str:
+    lines = [f"weights from {source}: {len(report['matched'])} tensors matched"]
+    for kind in ("resized", "skipped", "unused"):
+        if report[kind]:
+            lines.append(f"  {kind} ({len(report[kind])}): {', '.join(report[kind])}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,44 @@
+"""Starting a model from the weights of another one, with a report of what fitted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ROWS_ARE_TOKENS = ("embedding", "head")
+
+
+@torch.no_grad()
+def initialize_from(model: Any, source: str) -> dict[str, list[str]]:
+    """Copy what fits from the model at `source` (a checkpoint, a model folder or a hub id) into `model`.
+
+    A parameter of the same name and shape is copied ("matched"); an embedding or head with another number of
+    rows is copied as far as both reach ("resized"); anything else keeps its fresh values ("skipped", or "unused"
+    if only the source has it). Returns the names under these four keys. ValueError when nothing fits at all.
+    """
+    from dlm_dist import models
+
+    # Copies of the parameters under every name: a tied head appears once in `model`, maybe twice in the source.
+    given = models.load(source, dtype=torch.float32).state_dict()
+    roles = model.parameter_roles()
+    report: dict[str, list[str]] = {"matched": [], "resized": [], "skipped": [], "unused": []}
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        value = given.get(name)
+        if value is not None and value.shape == parameter.shape:
+            parameter.copy_(value)
+            report["matched"].append(name)
+        elif value is not None and roles[name] in _ROWS_ARE_TOKENS and value.shape[1:] == parameter.shape[1:]:
+            rows = min(len(value), len(parameter))
+            parameter[:rows].copy_(value[:rows])
+            report["resized"].append(name)
+        else:
+            report["skipped"].append(name)
+    report["unused"] = [name for name in given if name not in own and name not in model.state_dict()]
+    if not report["matched"] and not report["resized"]:
+        raise ValueError(
+            f"model.init_from {source}: none of its {len(given)} tensors fits this model "
+            f"(first of ours: {next(iter(own))}); check model.backbone and the sizes"
+        )
+    return report
