@@ -1,0 +1,220 @@
+"""The WKV-7 operator of RWKV-7, on the fastest backend that was proved right on this device.
+
+On CUDA that is fla's Triton kernel, and only after a self-test: its outputs, final state, six gradients and
+initial-state gradient are compared with our own PyTorch kernel on the very device, because Triton has silently
+produced wrong gradients for sibling kernels on some GPUs. Elsewhere, and where the test fails, it is
+`wkv7_chunked`. What was chosen and why is in `backend_report()`, for a run to record.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from dlm_dist.kernels.wkv7_chunked import check_shapes, wkv7_chunked, wkv7_reference
+
+__all__ = ["LOG_DECAY_BOUND", "backend_report", "select_backend", "wkv7", "wkv7_chunked", "wkv7_reference"]
+
+# log w = -exp(-0.5) sigmoid(d), so it never falls below this.
+LOG_DECAY_BOUND = -0.6065306597126334
+# fla's kernels round r, k, v, a, b products to bf16 in places; a broken one is off by tens of percent.
+SELF_TEST_TOLERANCE = 0.03
+
+_FLA_CHUNKS = (64, 16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes WKV-7 on one device: `name` is "fla" or "pytorch"; `chunk_size` None follows the lengths."""
+
+    name: str
+    chunk_size: int | None
+    device: str
+    versions: dict[str, str]
+    reason: str
+
+
+_selected: dict[torch.device, Backend] = {}
+
+
+def wkv7(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """WKV-7 over rows or packed documents (the recurrence is written out in `wkv7_chunked`'s module).
+
+    r, log_w, k, v, a, b: [B, T, H, N]; log_w in (-0.6066, 0). cu_seqlens: int [D + 1] bounds of the documents of
+    one packed row (B = 1), or None, when each row is one document. initial_state: [D or B, H, N, N] fp32 as
+    (key, value), None for zeros. Returns out [B, T, H, N] in the dtype of v and the final states, fp32, in the
+    layout of initial_state. Differentiable in the six inputs and the initial state.
+
+    fp32 and fp64 inputs always take the PyTorch kernel: fla's is made for 16-bit inputs.
+    """
+    if r.is_cuda and v.dtype in (torch.bfloat16, torch.float16):
+        backend = select_backend(r.device)
+        if backend.name == "fla":
+            check_shapes(r, log_w, k, v, a, b, initial_state, cu_seqlens)
+            assert backend.chunk_size is not None
+            return _fla_wkv7(r, log_w, k, v, a, b, initial_state, cu_seqlens, backend.chunk_size)
+    return wkv7_chunked(r, log_w, k, v, a, b, initial_state, cu_seqlens)
+
+
+def select_backend(device: torch.device | str, strict: bool = False) -> Backend:
+    """The backend for 16-bit inputs on `device`, tested on the first call for it and remembered.
+
+    A CUDA device that ends on anything but fla at chunk 64 is warned about once; with `strict` it is a
+    RuntimeError. Takes seconds on CUDA (kernels are compiled): call it before the first step.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    chosen = _selected.get(device)
+    first_time = chosen is None
+    if chosen is None:
+        chosen = _selected[device] = _choose(device)
+    degraded = device.type == "cuda" and (chosen.name != "fla" or chosen.chunk_size != _FLA_CHUNKS[0])
+    if degraded and strict:
+        raise RuntimeError(f"WKV-7 on {device} would fall back to {chosen.name}: {chosen.reason} (strict is on).")
+    if degraded and first_time:
+        warnings.warn(
+            f"WKV-7 on {device} uses {chosen.name}, chunk {chosen.chunk_size or 'by length'}: {chosen.reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return chosen
+
+
+def backend_report() -> dict[str, dict[str, object]]:
+    """Device -> backend, chunk size, versions and reason, for every device selected so far in this process."""
+    return {str(device): asdict(backend) for device, backend in _selected.items()}
+
+
+def _choose(device: torch.device) -> Backend:
+    if device.type != "cuda":
+        return Backend("pytorch", None, device.type, _versions(), "no CUDA device")
+    name = torch.cuda.get_device_name(device)
+    missing = [package for package in ("triton", "fla") if importlib.util.find_spec(package) is None]
+    if missing:
+        return Backend("pytorch", None, name, _versions(), f"{' and '.join(missing)} not installed")
+    failures: list[str] = []
+    for chunk_size in _FLA_CHUNKS:
+        failure = _self_test(device, chunk_size)
+        if failure is None:
+            return Backend("fla", chunk_size, name, _versions(), "; ".join(failures) or "self-test passed")
+        failures.append(f"fla at chunk {chunk_size}: {failure}")
+    return Backend("pytorch", None, name, _versions(), "; ".join(failures))
+
+
+def _versions() -> dict[str, str]:
+    versions = {"torch": str(torch.__version__)}
+    for package in ("triton", "flash-linear-attention", "fla-core"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _fla_wkv7(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    # Imported here: fla needs Triton and a driver, and a machine without them must be able to import this module.
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    out, final_state = chunk_rwkv7(
+        r,
+        log_w,
+        k,
+        v,
+        a,
+        b,
+        scale=1.0,
+        initial_state=initial_state,
+        output_final_state=True,
+        cu_seqlens=cu_seqlens,
+        lower_bound=LOG_DECAY_BOUND,
+        chunk_size=chunk_size,
+    )
+    return out, final_state
+
+
+def _self_test(device: torch.device, chunk_size: int) -> str | None:
+    """None where fla's kernel agrees with ours on `device`, else one sentence that says how it failed."""
+
+    try:
+        errors = self_test_errors(device, partial(_fla_wkv7, chunk_size=chunk_size))
+    except Exception as error:  # a compiler, driver or launch error: the reason is reported, the kernel not used
+        return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    wrong = {name: error for name, error in errors.items() if not error <= SELF_TEST_TOLERANCE}
+    if not wrong:
+        return None
+    return "wrong by " + ", ".join(f"{error:.2g} in {name}" for name, error in wrong.items())
+
+
+def self_test_errors(device: torch.device, kernel: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The relative error (2-norm) of `kernel` against `wkv7_chunked` in fp32, for each result and gradient.
+
+    `kernel(r, log_w, k, v, a, b, initial_state, cu_seqlens)` is given bf16 operands, rows and then packed
+    documents of ragged lengths, head sizes as used in training. The worst of the cases is returned.
+    """
+    worst: dict[str, float] = {}
+    for batch, bounds in ((2, None), (1, [0, 70, 71, 200, 328, 400])):
+        cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int64, device=device)
+        operands = _probe_operands(device, batch, 400, batch if bounds is None else len(bounds) - 1)
+        got = _results(kernel, operands, cu_seqlens)
+        want = _results(wkv7_chunked, [x.float() for x in operands], cu_seqlens)
+        for name, value in got.items():
+            difference = (value.float() - want[name].float()).norm() / want[name].float().norm()
+            worst[name] = max(worst.get(name, 0.0), difference.item() if difference.isfinite() else float("inf"))
+    return worst
+
+
+def _probe_operands(device: torch.device, batch: int, length: int, states: int) -> list[Tensor]:
+    """Operands shaped like a trained layer's: six inputs, the initial state, and gradients for out and state."""
+    heads, size = 4, 64
+    generator = torch.Generator().manual_seed(20)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    shape = (batch, length, heads, size)
+    key = torch.nn.functional.normalize(normal(*shape) + normal(batch, 1, heads, size), dim=-1)
+    rate = torch.sigmoid(normal(*shape))
+    log_w = LOG_DECAY_BOUND * torch.sigmoid(3.0 * normal(*shape) - 2.0)
+    sixteen_bit = [normal(*shape), log_w, normal(*shape) * 0.5, normal(*shape), -key, key * rate]
+    operands = [x.to(torch.bfloat16) for x in sixteen_bit]
+    operands[1] = log_w
+    state = normal(states, heads, size, size)
+    operands += [state, normal(*shape).to(torch.bfloat16), normal(states, heads, size, size)]
+    return [x.to(device) for x in operands]
+
+
+def _results(
+    kernel: Callable[..., tuple[Tensor, Tensor]], operands: list[Tensor], cu_seqlens: Tensor | None
+) -> dict[str, Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in operands[:7]]
+    out, state = kernel(*leaves, cu_seqlens)
+    grads = torch.autograd.grad([out, state], leaves, operands[7:])
+    gradients = zip(("d_r", "d_log_w", "d_k", "d_v", "d_a", "d_b", "d_initial_state"), grads, strict=True)
+    return {"out": out.detach(), "final_state": state.detach(), **dict(gradients)}
