@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -40,7 +42,7 @@ def build(backbone: str, *, seed: int = 0, **sizes: Any) -> PreTrainedModel:
     if backbone not in BACKBONES:
         raise ValueError(f"Unknown backbone {backbone!r}: there are {', '.join(sorted(BACKBONES))}.")
     config_class, model_class = BACKBONES[backbone]
-    known = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(config_class)]
     for name in sizes:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
@@ -73,21 +75,40 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     incomplete.
     """
     folder = _model_folder(Path(path))
-    config = AutoConfig.from_pretrained(folder)
-    model_classes = dict(BACKBONES.values())
-    if type(config) not in model_classes:
-        ours = ", ".join(sorted(config_class.model_type for config_class in model_classes))
-        raise ValueError(
-            f"{folder / 'config.json'} says model_type {config.model_type!r}, which is none of ours ({ours}):"
-            " convert the model first with `dlm convert`."
+    config_class, model_class = _classes(folder)
+    config = config_class.from_pretrained(folder)
+    loader: Any = model_class  # from_pretrained's annotation knows no loading info
+    try:
+        model, report = loader.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            ignore_mismatched_sizes=True,  # so that a mismatch is reported here and named below
+            output_loading_info=True,
         )
-    model_class: Any = model_classes[type(config)]  # from_pretrained's annotation knows no loading info
-    model, report = model_class.from_pretrained(folder, config=config, dtype=dtype or "auto", output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"The weights in {folder} cannot be read: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             names = sorted(str(key) for key in report[kind])
             raise ValueError(f"The weights in {folder} do not fit its config.json: {kind} {', '.join(names[:5])}.")
     return model.eval()
+
+
+def _classes(folder: Path) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """The configuration and model class that config.json in `folder` names."""
+    file = folder / "config.json"
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is no JSON object: {error}") from error
+    by_type = {classes[0].model_type: classes for classes in BACKBONES.values()}
+    if model_type not in by_type:
+        raise ValueError(
+            f"{file} says model_type {model_type!r}, which is none of ours ({', '.join(sorted(by_type))}):"
+            " convert the model first with `dlm convert`."
+        )
+    return by_type[model_type]
 
 
 def _model_folder(path: Path) -> Path:

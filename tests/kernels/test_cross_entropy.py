@@ -1,0 +1,228 @@
+"""The blocked loss against full logits in fp64, and the promise that logits are never held whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dlm_dist.kernels.cross_entropy import (
+    cross_entropy_rows,
+    weighted_cross_entropy,
+    weighted_cross_entropy_sum,
+)
+from dlm_dist.models.loss_head import LossHead
+
+
+def _inputs(
+    rows: int, width: int, vocabulary: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator).mul(0.5).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    weights = torch.rand(rows, generator=generator) * 3
+    return hidden, weight, targets, weights
+
+
+def _reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, its two gradients and the rows' losses from full logits in fp64."""
+    wide_hidden = hidden.detach().double().requires_grad_()
+    wide_weight = weight.detach().double().requires_grad_()
+    rows = torch.nn.functional.cross_entropy(wide_hidden @ wide_weight.t(), targets, reduction="none")
+    total = (rows * weights.double()).sum()
+    grad_hidden, grad_weight = torch.autograd.grad(total, (wide_hidden, wide_weight))
+    return total.detach(), grad_hidden, grad_weight, rows.detach()
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    return float((value.detach().double() - reference).abs().max() / reference.abs().max())
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64, 101, 4096, None])
+def test_fp32_loss_and_gradients_equal_fp64_full_logits_for_any_block(block_size: int | None) -> None:
+    hidden, weight, targets, weights = _inputs(33, 16, 101, torch.float32)
+    loss, grad_hidden, grad_weight, rows = _reference(hidden, weight, targets, weights)
+    total, row_losses = weighted_cross_entropy(hidden, weight, targets, weights, block_size)
+    (total * 0.25).backward()
+    assert total.dtype == row_losses.dtype == torch.float32
+    assert not row_losses.requires_grad
+    assert _relative(total, loss) < 1e-6
+    assert _relative(row_losses, rows) < 1e-6
+    assert _relative(hidden.grad, grad_hidden / 4) < 1e-5
+    assert _relative(weight.grad, grad_weight / 4) < 1e-5
+    assert torch.equal(cross_entropy_rows(hidden, weight, targets, block_size), row_losses)
+
+
+def test_bf16_matmuls_keep_an_fp32_loss() -> None:
+    hidden, weight, targets, weights = _inputs(300, 64, 3000, torch.bfloat16)
+    loss, grad_hidden, grad_weight, rows = _reference(hidden, weight, targets, weights)
+    total, row_losses = weighted_cross_entropy(hidden, weight, targets, weights, 512)
+    total.backward()
+    assert total.dtype == torch.float32
+    assert _relative(total, loss) < 1e-3
+    # One rounding of a logit to bf16 is 2^-9 of it; the largest logits here are about 20.
+    assert float((row_losses.double() - rows).abs().max()) < 0.08
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert _relative(hidden.grad, grad_hidden) < 0.02
+    assert _relative(weight.grad, grad_weight) < 0.02
+
+
+def test_the_gradient_of_hidden_is_accumulated_in_fp32() -> None:
+    """512 blocks of 8 ids: a bf16 accumulator would be off by far more than one final rounding."""
+    hidden, weight, targets, weights = _inputs(40, 32, 4096, torch.bfloat16)
+    _, grad_hidden, _, _ = _reference(hidden, weight, targets, weights)
+    many, few = hidden.detach().clone().requires_grad_(), hidden.detach().clone().requires_grad_()
+    weighted_cross_entropy_sum(many, weight, targets, weights, 8).backward()
+    weighted_cross_entropy_sum(few, weight, targets, weights, 4096).backward()
+
+    def rms(gradient: Tensor) -> float:
+        return float((gradient.double() - grad_hidden).pow(2).mean().sqrt())
+
+    assert rms(many.grad) < 1.3 * rms(few.grad)
+
+
+def test_gradcheck_in_fp64_including_the_weights() -> None:
+    hidden, weight, targets, weights = _inputs(5, 4, 11, torch.float64)
+    weights = weights.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda h, w, q: weighted_cross_entropy_sum(h, w, targets, q, 3), (hidden, weight, weights)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_rows_give_zero_loss_and_zero_gradients(dtype: torch.dtype) -> None:
+    hidden, weight, targets, weights = _inputs(0, 8, 50, dtype)
+    total, rows = weighted_cross_entropy(hidden, weight, targets, weights, 16)
+    total.backward()
+    assert total.item() == 0.0
+    assert rows.shape == (0,)
+    assert hidden.grad.shape == (0, 8)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_weights_scale_rows_and_a_zero_weight_removes_one() -> None:
+    hidden, weight, targets, _ = _inputs(6, 8, 50, torch.float32)
+    weights = torch.tensor([1.0, 0.0, 2.5, -1.0, 0.0, 1e-3])
+    loss, grad_hidden, grad_weight, rows = _reference(hidden, weight, targets, weights)
+    total = weighted_cross_entropy_sum(hidden, weight, targets, weights, 16)
+    total.backward()
+    assert total.item() == pytest.approx(float((rows * weights).sum()), rel=1e-6)
+    assert torch.count_nonzero(hidden.grad[[1, 4]]) == 0
+    assert _relative(hidden.grad, grad_hidden) < 1e-5
+    assert _relative(weight.grad, grad_weight) < 1e-5
+    assert float(loss) == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss() -> None:
+    hidden, weight, targets, weights = _inputs(9, 8, 40, torch.float32)
+    hidden = (hidden.detach() * 1e3).requires_grad_()
+    loss, grad_hidden, _, _ = _reference(hidden, weight, targets, weights)
+    total = weighted_cross_entropy_sum(hidden, weight, targets, weights, 6)
+    total.backward()
+    assert _relative(total, loss) < 1e-6
+    assert _relative(hidden.grad, grad_hidden) < 1e-5
+
+
+def test_a_nan_in_one_row_reaches_the_loss_and_the_gradient() -> None:
+    hidden, weight, targets, weights = _inputs(4, 8, 40, torch.float32)
+    hidden.data[2, 3] = torch.nan
+    total = weighted_cross_entropy_sum(hidden, weight, targets, weights, 16)
+    total.backward()
+    assert torch.isnan(total)
+    assert torch.isnan(weight.grad).any()
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight, targets, weights = _inputs(6, 8, 50, torch.float32)
+    _, grad_hidden, _, _ = _reference(hidden, weight, targets, weights)
+    weight.requires_grad_(False)
+    weighted_cross_entropy_sum(hidden, weight, targets, weights, 16).backward()
+    assert weight.grad is None
+    assert _relative(hidden.grad, grad_hidden) < 1e-5
+
+
+def test_autocast_runs_the_products_in_half_precision_on_fp32_parameters() -> None:
+    hidden, weight, targets, weights = _inputs(64, 32, 700, torch.float32)
+    _, _, grad_weight, _ = _reference(hidden, weight, targets, weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = weighted_cross_entropy_sum(hidden, weight, targets, weights, 256)
+        total.backward()
+    half = weighted_cross_entropy_sum(hidden.bfloat16(), weight.bfloat16(), targets, weights, 256)
+    assert total.item() == half.item()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    assert _relative(weight.grad, grad_weight) < 0.02
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Records the most elements any operation put into one freshly made tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_never_held_whole(dtype: torch.dtype) -> None:
+    rows, width, vocabulary, block = 256, 8, 5000, 128
+    hidden, weight, targets, weights = _inputs(rows, width, vocabulary, dtype)
+    with _LargestTensor() as largest:
+        weighted_cross_entropy_sum(hidden, weight, targets, weights, block).backward()
+        cross_entropy_rows(hidden, weight, targets, block)
+    assert largest.elements == max(rows * block, vocabulary * width)
+    with _LargestTensor() as largest:
+        weighted_cross_entropy_sum(hidden, weight, targets, weights, vocabulary)
+    assert largest.elements == rows * vocabulary  # the instrument sees it when it is there
+
+
+def test_mistakes_are_named() -> None:
+    hidden, weight, targets, weights = _inputs(4, 8, 40, torch.float32)
+    with pytest.raises(ValueError, match="the id 40, outside the vocabulary of 40"):
+        weighted_cross_entropy_sum(hidden, weight, targets.fill_(40), weights)
+    with pytest.raises(ValueError, match="the id -100, outside"):
+        weighted_cross_entropy_sum(hidden, weight, targets.fill_(-100), weights)
+    with pytest.raises(ValueError, match="ZeRO-3 has not gathered"):
+        weighted_cross_entropy_sum(hidden, torch.empty(0), targets, weights)
+    with pytest.raises(ValueError, match=r"weights must be \[4\]"):
+        weighted_cross_entropy_sum(hidden, weight, targets.fill_(0), weights[:3])
+    with pytest.raises(ValueError, match="block_size is 0"):
+        weighted_cross_entropy_sum(hidden, weight, targets, weights, 0)
+
+
+def test_the_head_gives_logits_or_the_loss() -> None:
+    hidden, weight, targets, weights = _inputs(4, 8, 40, torch.float32)
+    head = LossHead(8, 40)
+    head.weight.data.copy_(weight.data)
+    assert torch.equal(head(hidden), torch.nn.functional.linear(hidden, weight))
+    total, rows = head(hidden, targets, weights, per_row=True)
+    assert torch.equal(total, weighted_cross_entropy_sum(hidden, weight, targets, weights))
+    assert torch.equal(rows, cross_entropy_rows(hidden, weight, targets))
+    assert torch.equal(head(hidden, targets, weights), total)
+    with pytest.raises(ValueError, match="both targets"):
+        head(hidden, targets)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_agrees_with_fp64(dtype: torch.dtype) -> None:
+    hidden, weight, targets, weights = _inputs(300, 64, 20000, dtype)
+    loss, grad_hidden, grad_weight, _ = _reference(hidden, weight, targets, weights)
+    moved = [value.detach().cuda() for value in (hidden, weight, targets, weights)]
+    moved[0].requires_grad_(), moved[1].requires_grad_()
+    total = weighted_cross_entropy_sum(moved[0], moved[1], moved[2], moved[3])
+    total.backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert _relative(total.cpu(), loss) < 1e-5  # products come back in fp32, so bf16 logits are not rounded
+    assert _relative(moved[0].grad.cpu(), grad_hidden) < tolerance
+    assert _relative(moved[1].grad.cpu(), grad_weight) < tolerance
