@@ -16,15 +16,19 @@ from data_pipeline.errors import DataError
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` when the block ends without an error.
 
-    The temporary name is fixed, so a process killed half-way leaves one file that the next run overwrites;
-    callers make sure that nobody else writes the same path.
+    Two processes may write the same path: each has a temporary file of its own, and the last rename wins. A
+    process killed half-way leaves its temporary file; `remove_temporaries` is for the next one.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -34,6 +38,12 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed writers left below `folder`."""
+    for temporary in folder.rglob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def canonical_json(value: Any) -> bytes:

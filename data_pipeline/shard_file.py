@@ -16,6 +16,7 @@ that changed places, not only damaged tokens.
 from __future__ import annotations
 
 import hashlib
+import io
 import mmap
 import os
 import struct
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import webdataset
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
@@ -71,12 +71,14 @@ def row_crc(tokens: bytes | memoryview, text_bytes: int, row: int) -> int:
 
 
 def write_shard(
-    folder: Path, stem: str, first_row: int, rows: NDArray[np.unsignedinteger], text_bytes: NDArray[np.int64]
+    folder: Path, stem: str, first_row: int, rows: NDArray[np.integer], text_bytes: NDArray[np.int64]
 ) -> ShardRecord:
     """Write `stem`.tar and `stem`.idx into `folder`, each atomically, and say what was written.
 
     rows: uint16 or uint32 [n, T]; text_bytes: [n]; first_row: the number of rows[0] in its split.
     """
+    import webdataset  # Only writing needs it, and it imports torch: seconds at the start of each worker.
+
     assert rows.dtype.str in ("<u2", "<u4"), rows.dtype
     assert len(rows) == len(text_bytes)
     offsets = np.empty(len(rows), dtype="<u8")
@@ -225,8 +227,6 @@ def _wrong_headers(file: BinaryIO, name: str, npy_header: bytes, row_bytes: int)
 
 
 def _npy_header(dtype: np.dtype, sequence_length: int) -> bytes:
-    import io
-
     stream = io.BytesIO()
     npy_format.write_array(stream, np.zeros(sequence_length, dtype=dtype))
     return stream.getvalue()[: -dtype.itemsize * sequence_length]

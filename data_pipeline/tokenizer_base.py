@@ -34,6 +34,7 @@ class Tokenizer(ABC):
     kind: the backend, a key of `tokenizers.KINDS`. name: what a person calls the vocabulary.
     vocab_size: one more than the largest id that may be produced or is reserved.
     eos_text: how the vocabulary spells its end-of-text token, None where it has no spelling.
+    exact_bytes: whether every id stands for a fixed number of bytes of text.
     """
 
     kind: ClassVar[str]
@@ -42,6 +43,7 @@ class Tokenizer(ABC):
     eos_id: int
     mask_id: int
     eos_text: str | None = None
+    exact_bytes: bool = True
 
     @property
     def pad_id(self) -> int:

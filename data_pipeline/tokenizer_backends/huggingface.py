@@ -53,7 +53,7 @@ class HuggingFaceTokenizer(Tokenizer):
         first_free = behind if family is None else max(behind, family.mask_id)
         self.mask_id = first_free if mask_text is None else vocabulary[mask_text]
         self.vocab_size = max(behind, self.mask_id + 1, 0 if family is None else family.vocab_size)
-        self._is_byte_level = _is_byte_level(self._definition)
+        self.exact_bytes = _is_byte_level(self._definition)
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -72,7 +72,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_with_bytes(self, texts: Sequence[str]) -> list[tuple[Ids, NDArray[np.int64]]]:
         """Without fixed bytes per id, a token stands for the text from the end of the token before it to its
         own end, the last one also for the rest: the bytes sum to those of the text."""
-        if self._is_byte_level:
+        if self.exact_bytes:
             return super().encode_with_bytes(texts)
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [
@@ -81,12 +81,12 @@ class HuggingFaceTokenizer(Tokenizer):
         ]
 
     def token_bytes(self) -> NDArray[np.int64] | None:
-        return super().token_bytes() if self._is_byte_level else None
+        return super().token_bytes() if self.exact_bytes else None
 
     def _byte_table(self) -> list[bytes | None]:
         table: list[bytes | None] = [None] * self.vocab_size
         for entry, token in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            table[token] = spelled_bytes(entry) if self._is_byte_level else entry.encode("utf-8")
+            table[token] = spelled_bytes(entry) if self.exact_bytes else entry.encode("utf-8")
         for token, added in self._tokenizer.get_added_tokens_decoder().items():
             table[token] = None if added.special else added.content.encode("utf-8")
         table[self.mask_id] = None
@@ -94,7 +94,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return table
 
     def _decode_run(self, ids: list[int]) -> str:
-        if self._is_byte_level:
+        if self.exact_bytes:
             return super()._decode_run(ids)
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 

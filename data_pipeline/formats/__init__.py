@@ -1,0 +1,1 @@
+"""One input format per module; `documents.FORMATS` lists them."""
