@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.initialization import no_init_weights
 
 from dlm_dist.models.qwen3 import Qwen3DiffusionConfig, Qwen3ForDiffusion
+from dlm_dist.models.rwkv7 import RWKV7Config, RWKV7ForDiffusion
 
 BACKBONES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "qwen3": (Qwen3DiffusionConfig, Qwen3ForDiffusion),
+    "rwkv7": (RWKV7Config, RWKV7ForDiffusion),
 }
 
 for _config_class, _model_class in BACKBONES.values():
