@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import tokenizers
-from data_pipeline.documents import AUTO, FORMATS, Piece, ReadOptions, find_files, pieces_of
+from data_pipeline.documents import AUTO, FORMATS, ReadOptions, find_files, pieces_of
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, read_json, remove_temporaries, write_json
 from data_pipeline.packing import PackedStream
@@ -33,6 +34,7 @@ from data_pipeline.work_units import (
     Unit,
     UnitReport,
     UnitTask,
+    bad_records,
     characters_of,
     pack_shard,
     read_report,
@@ -40,6 +42,7 @@ from data_pipeline.work_units import (
     report_path,
     scratch_tokenizer,
     tokenise_unit,
+    units_of,
 )
 
 SCRATCH_FOLDER = ".build"
@@ -107,6 +110,7 @@ def build_dataset(options: BuildOptions) -> BuildSummary:
     """Build, or finish, the data set `options` describe. Raises DataError with what is wrong and where."""
     _check(options)
     files = find_files(options.inputs, options.include, options.exclude)
+    _refuse_output_in_input(options)
     tokenizer = None if options.tokenizer == "characters" else tokenizers.load(options.tokenizer)
     plan = _plan(options, files, tokenizer)
     output = Path(options.output)
@@ -114,7 +118,7 @@ def build_dataset(options: BuildOptions) -> BuildSummary:
     if finished.is_file():
         built = read_json(finished)
         _refuse_other_plan(built["plan"], plan, f"{output} holds a finished build with other options")
-        shutil.rmtree(output / SCRATCH_FOLDER, ignore_errors=True)
+        _remove_scratch(output / SCRATCH_FOLDER)
         return _summary(output, built["summary"], already_built=True)
     scratch = output / SCRATCH_FOLDER
     if output.exists() and any(output.iterdir()) and not scratch.is_dir():
@@ -129,13 +133,13 @@ def build_dataset(options: BuildOptions) -> BuildSummary:
             write_json(scratch / PLAN_FILE, plan)
         summary = _build(options, files, tokenizer, output)
         write_json(finished, {"plan": plan, "summary": summary})
-    shutil.rmtree(scratch)
+        _remove_scratch(scratch)
     return _summary(output, summary, already_built=False)
 
 
 def _build(options: BuildOptions, files: list[Path], tokenizer: Tokenizer | None, output: Path) -> dict[str, Any]:
     scratch = output / SCRATCH_FOLDER
-    units = _units(pieces_of(files, options.format, options.unit_bytes), options.unit_bytes)
+    units = units_of(pieces_of(files, options.format, options.unit_bytes), options.unit_bytes)
     tasks = [_unit_task(unit, options, scratch) for unit in units]
     if not (scratch / TOKENIZER_FOLDER / DESCRIPTION_FILE).is_file():
         if tokenizer is None:
@@ -146,7 +150,7 @@ def _build(options: BuildOptions, files: list[Path], tokenizer: Tokenizer | None
         tokenizer.save(scratch / TOKENIZER_FOLDER)
     scratch_tokenizer.cache_clear()  # This process may have built another data set in this folder.
     reports = _tokenise(tasks, options)
-    bad = _bad_records(units, reports)
+    bad = bad_records(units, reports)
     if bad:
         with atomic_write(output / QUARANTINE_FILE) as file:
             file.writelines(json.dumps(record).encode() + b"\n" for record in bad)
@@ -264,10 +268,22 @@ def _check(options: BuildOptions) -> None:
         raise DataError(f"the validation fraction is {options.validation_fraction}; give a number from 0 to below 1")
     if options.workers < 1:
         raise DataError(f"{options.workers} workers cannot build anything; give at least 1")
+    if options.split_text_at is not None:
+        try:
+            re.compile(options.split_text_at)
+        except re.error as error:
+            raise DataError(f"'{options.split_text_at}' is no regular expression to split at: {error}") from error
     if options.rows_per_shard is not None and options.rows_per_shard < 1:
         raise DataError(f"{options.rows_per_shard} rows per shard are too few; give at least 1")
     if options.format != AUTO and options.format not in FORMATS:
         raise DataError(f"'{options.format}' is no input format; known: {AUTO}, {', '.join(FORMATS)}")
+
+
+def _refuse_output_in_input(options: BuildOptions) -> None:
+    output = Path(options.output).resolve()
+    for given in options.inputs:
+        if Path(given).is_dir() and output.is_relative_to(Path(given).resolve()):
+            raise DataError(f"the output {output} lies inside the input folder {given}; put it elsewhere")
 
 
 def _plan(options: BuildOptions, files: list[Path], tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -293,6 +309,11 @@ def _refuse_other_plan(there: dict[str, Any], asked: dict[str, Any], what: str) 
     raise DataError(f"{what}: {said}; give the same options, another --output, or remove that folder")
 
 
+def _remove_scratch(scratch: Path) -> None:
+    # Another process may be at it too; what stays is harmless and goes at the next start.
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
 @contextmanager
 def _lock(scratch: Path) -> Iterator[None]:
     """One build per folder; the kernel frees the lock of a killed process."""
@@ -304,19 +325,6 @@ def _lock(scratch: Path) -> Iterator[None]:
         yield
 
 
-def _units(pieces: list[Piece], unit_bytes: int) -> list[Unit]:
-    """Consecutive pieces joined to units of about `unit_bytes`."""
-    groups: list[list[Piece]] = []
-    size = unit_bytes
-    for piece in pieces:
-        if size >= unit_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(piece)
-        size += piece.stop - piece.start
-    return [Unit(number, group) for number, group in enumerate(groups)]
-
-
 def _threshold(fraction: float) -> int:
     return int(fraction * _HASH_RANGE)
 
@@ -324,31 +332,6 @@ def _threshold(fraction: float) -> int:
 def _unit_task(unit: Unit, options: BuildOptions, scratch: Path) -> UnitTask:
     read_options = ReadOptions(text_key=options.text_key, split_text_at=options.split_text_at)
     return UnitTask(unit, read_options, str(scratch), _threshold(options.validation_fraction))
-
-
-def _bad_records(units: list[Unit], reports: list[UnitReport]) -> list[dict[str, Any]]:
-    """Bad records in input order, places counted from the beginning of each file."""
-    bad = [
-        (unit.pieces[number], place, reason)
-        for unit, report in zip(units, reports, strict=True)
-        for number, place, reason in report.bad
-    ]
-    starts: dict[tuple[str, str], set[int]] = {}
-    for piece, _, _ in bad:
-        starts.setdefault((piece.path, piece.format), set()).add(piece.start)
-    before: dict[tuple[str, int], int] = {}
-    for (path, form), wanted in starts.items():
-        ordered = sorted(wanted)
-        counts = FORMATS[form].places_before(path, ordered)
-        before.update({(path, start): count for start, count in zip(ordered, counts, strict=True)})
-    return [
-        {
-            "file": piece.path,
-            "place": f"{FORMATS[piece.format].place_name} {before[piece.path, piece.start] + place}",
-            "reason": reason,
-        }
-        for piece, place, reason in bad
-    ]
 
 
 def _summary(output: Path, content: dict[str, Any], already_built: bool) -> BuildSummary:

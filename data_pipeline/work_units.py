@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.documents import BadRecord, Document, Piece, ReadOptions, name_of, read_piece
+from data_pipeline.documents import FORMATS, BadRecord, Document, Piece, ReadOptions, name_of, read_piece
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, read_json, write_json
 from data_pipeline.packing import PackedStream, with_end
@@ -176,6 +176,44 @@ def _write_part(task: UnitTask, split: str, what: str, parts: list[NDArray[np.in
     with atomic_write(_part_path(task.scratch, task.unit.number, split, what)) as file:
         file.write(joined.astype(dtype, copy=False).tobytes())
     return len(joined)
+
+
+def units_of(pieces: list[Piece], unit_bytes: int) -> list[Unit]:
+    """Consecutive pieces joined to units of about `unit_bytes`."""
+    groups: list[list[Piece]] = []
+    size = unit_bytes
+    for piece in pieces:
+        if size >= unit_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += piece.stop - piece.start
+    return [Unit(number, group) for number, group in enumerate(groups)]
+
+
+def bad_records(units: list[Unit], reports: list[UnitReport]) -> list[dict[str, Any]]:
+    """Bad records in input order, places counted from the beginning of each file."""
+    bad = [
+        (unit.pieces[number], place, reason)
+        for unit, report in zip(units, reports, strict=True)
+        for number, place, reason in report.bad
+    ]
+    starts: dict[tuple[str, str], set[int]] = {}
+    for piece, _, _ in bad:
+        starts.setdefault((piece.path, piece.format), set()).add(piece.start)
+    before: dict[tuple[str, int], int] = {}
+    for (path, form), wanted in starts.items():
+        ordered = sorted(wanted)
+        counts = FORMATS[form].places_before(path, ordered)
+        before.update({(path, start): count for start, count in zip(ordered, counts, strict=True)})
+    return [
+        {
+            "file": piece.path,
+            "place": f"{FORMATS[piece.format].place_name} {before[piece.path, piece.start] + place}",
+            "reason": reason,
+        }
+        for piece, place, reason in bad
+    ]
 
 
 @dataclass(frozen=True)

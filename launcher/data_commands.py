@@ -1,0 +1,199 @@
+"""`dlm data build | verify | show | inspect`: data sets from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_pipeline.build import BuildSummary
+
+Subparsers = argparse._SubParsersAction
+
+
+def add_data_commands(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
+    """Add `dlm data` with its sub-commands."""
+    data = subparsers.add_parser(
+        "data",
+        help="build, verify and look at data sets",
+        description="Turn text into packed rows of tokens in plain WebDataset tars, and look at the result.",
+    )
+    commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_build(commands)
+    verify = commands.add_parser(
+        "verify",
+        help="read a data set from end to end and check every byte",
+        description="Check index, file sizes, sha256, tar headers and the checksum of every row.",
+    )
+    verify.set_defaults(run=run_verify)
+    show = commands.add_parser("show", help="print a row as text")
+    show.add_argument("--row", type=int, required=True, metavar="N", help="number of the row, from 0")
+    show.set_defaults(run=run_show)
+    inspect = commands.add_parser("inspect", help="print counts, tokenizer and fingerprint")
+    inspect.set_defaults(run=run_inspect)
+    for command in (verify, show, inspect):
+        command.add_argument("path", metavar="DIR", help="a data set, or one split of it")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_build(commands: Subparsers[argparse.ArgumentParser]) -> None:
+    build = commands.add_parser(
+        "build",
+        help="build a data set from text files or JSON lines",
+        description="Build a data set from text files or JSON lines. The same input and options give the same "
+        "bytes, whatever the number of workers. A build that was stopped goes on when it is started again.",
+    )
+    add = build.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files and folders, in this order")
+    add("--output", required=True, metavar="DIR", help="folder for train/ and validation/")
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="NAME|PATH",
+        help="rwkv-world, bytes, characters (learned from the input), or a folder with a tokenizer.json or with "
+        "vocab.json and merges.txt",
+    )
+    add("--sequence-length", type=int, required=True, metavar="N", help="tokens per row")
+    add("--format", default="auto", help="auto (by suffix, the default), text or jsonl (also .gz and .zst)")
+    add("--text-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: text)")
+    add(
+        "--split-text-at",
+        metavar="REGEX",
+        help="cut text files into documents before each match; without it a file is one document",
+    )
+    add("--include", action="append", default=[], metavar="GLOB", help="of folders only these files, as '*.py'")
+    add("--exclude", action="append", default=[], metavar="GLOB", help="of folders not these files")
+    add(
+        "--validation-fraction",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="expected share of the documents to hold out, at least one (default: 0, no validation split)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: the number of cores, here %(default)s)",
+    )
+    add("--rows-per-shard", type=int, metavar="N", help="default: shards of about 128 MiB of tokens")
+    add("--json", action="store_true", help="print the summary as one JSON object")
+    build.set_defaults(run=run_build)
+
+
+def run_build(arguments: argparse.Namespace) -> int:
+    """Build and print what came out. Returns 0 when the data set is complete."""
+    from dataclasses import asdict
+
+    from data_pipeline.build import BuildOptions, build_dataset
+
+    summary = build_dataset(
+        BuildOptions(
+            inputs=tuple(arguments.input),
+            output=arguments.output,
+            tokenizer=arguments.tokenizer,
+            sequence_length=arguments.sequence_length,
+            format=arguments.format,
+            text_key=arguments.text_key,
+            split_text_at=arguments.split_text_at,
+            include=tuple(arguments.include),
+            exclude=tuple(arguments.exclude),
+            validation_fraction=arguments.validation_fraction,
+            workers=arguments.workers,
+            rows_per_shard=arguments.rows_per_shard,
+        )
+    )
+    print(json.dumps(asdict(summary)) if arguments.json else _told(summary))
+    return 0
+
+
+def _told(summary: BuildSummary) -> str:
+    lines = [f"{summary.output}: already built with these options" if summary.already_built else summary.output]
+    lines += [
+        f"  {name}: {split.rows} rows, {split.documents} documents, {split.tokens} tokens (the last row repeats "
+        f"{split.repeated_tokens} from the beginning), {split.text_bytes / 1e6:.1f} MB of text"
+        for name, split in summary.splits.items()
+    ]
+    if summary.empty_documents:
+        lines.append(f"  {summary.empty_documents} empty documents were left out")
+    if summary.quarantine is not None:
+        lines.append(f"  {summary.bad_records} bad records were left out; they are listed in {summary.quarantine}")
+    return "\n".join(lines)
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Check every byte. Returns 0 if all is well, 1 after printing what is not."""
+    from dataclasses import asdict
+
+    from data_pipeline.shards import verify
+
+    report = verify(arguments.path)
+    if arguments.json:
+        print(json.dumps(asdict(report)))
+    else:
+        for problem in report.problems:
+            print(problem, file=sys.stderr)
+        verdict = f"{len(report.problems)} problems" if report.problems else "all intact"
+        print(f"{arguments.path}: {report.rows} rows in {report.shards} shards: {verdict}")
+    return 1 if report.problems else 0
+
+
+def run_show(arguments: argparse.Namespace) -> int:
+    """Print one row as text, end of text and all."""
+    from data_pipeline.shards import ShardedSource
+
+    source = ShardedSource.open(arguments.path)
+    tokens, documents, text_bytes = source.read([arguments.row])
+    text = source.load_tokenizer().decode(tokens[0])
+    if arguments.json:
+        content = {
+            "row": arguments.row,
+            "text": text,
+            "tokens": tokens[0].tolist(),
+            "document_ids": documents[0].tolist(),
+            "text_bytes": int(text_bytes[0]),
+        }
+        print(json.dumps(content))
+    else:
+        print(text)
+    return 0
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """Print what the indexes of a data set say."""
+    from data_pipeline.shards import SourceIndex, source_folders
+
+    described: list[dict[str, Any]] = []
+    for folder in source_folders(arguments.path):
+        index = SourceIndex.read(folder)
+        stored = index.num_rows * index.sequence_length
+        described.append(
+            {
+                "split": index.split,
+                "rows": index.num_rows,
+                "sequence_length": index.sequence_length,
+                "tokens": stored - index.repeated_tokens,
+                "repeated_tokens": index.repeated_tokens,
+                "documents": index.documents,
+                "text_bytes": index.text_bytes,
+                "bytes_per_token": round(index.text_bytes / stored, 4),
+                "shards": len(index.shards),
+                "dtype": {"<u2": "uint16", "<u4": "uint32"}[index.dtype],
+                "tokenizer": index.tokenizer["name"],
+                "vocab_size": index.tokenizer["vocab_size"],
+                "eos_id": index.tokenizer["eos_id"],
+                "mask_id": index.tokenizer["mask_id"],
+                "fingerprint": index.fingerprint,
+            }
+        )
+    if arguments.json:
+        print(json.dumps({"splits": {split["split"]: split for split in described}}))
+        return 0
+    for key in described[0]:
+        values = [split[key][:16] if key == "fingerprint" else str(split[key]) for split in described]
+        print("".join([f"{key:<18}", *(f"{value:>20}" for value in values)]))
+    return 0
