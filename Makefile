@@ -27,11 +27,13 @@ install: $(STAMP)
 
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo 'make: $(PYTHON) is missing or older than 3.11; name another: make $@ PYTHON=python3.12' >&2; exit 1; }
+	  { echo 'make: $(PYTHON) is missing or older than 3.11; name another: make install PYTHON=python3.12' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo 'make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 	@command -v g++ >/dev/null || \
-	  echo 'make: g++ is missing; DeepSpeed needs it on a machine without a GPU: apt install g++' >&2
+	  echo 'make: note: without g++ DeepSpeed does not start on a machine without a GPU: apt install g++' >&2
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  echo 'make: note: without Python.h DeepSpeed does not start on a machine without a GPU: apt install python3-dev' >&2
 	test -x '$(BIN)/pip' || $(PYTHON) -m venv '$(VENV)'
 	# torch first: the packages after it then find the build that is wanted here.
 	'$(BIN)/pip' install '$(TORCH)'

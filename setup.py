@@ -14,7 +14,9 @@ INSTALL_REQUIRES = [
     "bitsandbytes>=0.49",
     "webdataset>=1.0",
     "wandb>=0.20",
+    "huggingface_hub>=1.0",
     "tokenizers>=0.22",
+    "tiktoken>=0.9",
     "pyrwkv-tokenizer>=0.9",
     "safetensors>=0.6",
     # Below 3: the configuration translates the error types of this series into sentences.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import platform
 import subprocess
 import sys
@@ -101,8 +100,10 @@ def _try(name: str, check: Callable[[], str], needed: bool) -> Finding:
 
 
 def _import(name: str) -> str:
+    from importlib import metadata
+
     importlib.import_module(name)
-    return importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
+    return metadata.version(_DISTRIBUTIONS.get(name, name))
 
 
 def _accelerator() -> str:
@@ -153,12 +154,17 @@ def _eight_bit_step(device: str) -> str:
 
 
 def _compiler() -> str:
+    """Compile what a Python extension is made of: C++17, OpenMP and the interpreter's headers."""
+    program = (
+        "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint main() { return omp_get_max_threads() < 1; }\n"
+    )
+    include = sysconfig.get_path("include")
     with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder, "hello.cpp"), Path(folder, "hello")
-        source.write_text("#include <vector>\nint main() { return std::vector<int>(3).size() == 3 ? 0 : 1; }\n")
-        _output(["g++", "-std=c++17", str(source), "-o", str(program)])
-        _output([str(program)])
-    return _output(["g++", "-dumpfullversion"])
+        source, target = Path(folder, "probe.cpp"), Path(folder, "probe")
+        source.write_text(program)
+        _output(["g++", "-std=c++17", "-fopenmp", f"-I{include}", str(source), "-o", str(target)])
+        _output([str(target)])
+    return f"{_output(['g++', '-dumpfullversion'])}, compiles with OpenMP and Python.h"
 
 
 def _ninja() -> str:
@@ -173,6 +179,9 @@ def _ninja() -> str:
 
 
 def _output(command: list[str]) -> str:
-    """The first line that a program prints. Raises when it cannot be started or fails."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    """The first line that a program prints. Raises when it cannot be started or fails, with its first error."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"{command[0]}: {errors[0].strip()}")
     return done.stdout.strip().partition("\n")[0]

@@ -1,0 +1,137 @@
+"""The `dlm` command: a fast start, and mistakes told in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import cli, info_commands
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "numpy", "transformers", "deepspeed", "webdataset", "wandb", "bitsandbytes", "pydantic", "tokenizers")
+
+
+def dlm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher.cli", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
+def test_help_lists_the_commands_and_starts_fast():
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = dlm("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0
+    for name in ("data", "generate", "evaluate", "checkpoint", "doctor"):
+        assert re.search(rf"^ {{4}}{name}\b", done.stdout, re.MULTILINE), name
+    # Processor time, which a busy machine does not lengthen as it does the time on the clock.
+    assert min(seconds) < 0.3
+
+
+def test_the_parser_imports_nothing_heavy():
+    program = f"import sys, launcher.cli as cli; cli.build_parser(); print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["dta"], ["doctor", "--loud"]])
+def test_a_wrong_command_line_is_status_2_without_traceback(arguments):
+    done = dlm(*arguments)
+    assert done.returncode == 2
+    assert "usage: dlm" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def _raises(error: BaseException):
+    def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+        def run(_: argparse.Namespace) -> int:
+            raise error
+
+        subparsers.add_parser("try").set_defaults(run=run)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("train.lr is -1: expected a number above 0"), "train.lr is -1: expected a number above 0"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.yaml"), "a.yaml: No such file or directory"),
+        (PermissionError(errno.EACCES, "Permission denied", b"b.tar"), "b.tar: Permission denied"),
+    ],
+)
+def test_a_mistake_is_one_sentence_on_stderr(monkeypatch, capsys, error, line):
+    monkeypatch.delenv("DLM_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "_GROUPS", (_raises(error),))
+    assert cli.main(["try"]) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", f"dlm: error: {line}\n")
+    monkeypatch.setenv("DLM_DEBUG", "1")
+    with pytest.raises(type(error)):
+        cli.main(["try"])
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch):
+    monkeypatch.delenv("DLM_DEBUG", raising=False)
+    for error in (AssertionError("broken"), KeyError("x"), OSError("no file is named")):
+        monkeypatch.setattr(cli, "_GROUPS", (_raises(error),))
+        with pytest.raises(type(error)):
+            cli.main(["try"])
+
+
+def test_an_interrupt_is_status_130(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_GROUPS", (_raises(KeyboardInterrupt()),))
+    assert cli.main(["try"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    program = (
+        "import sys, launcher.cli as cli\n"
+        "def add(s):\n"
+        "    s.add_parser('try').set_defaults(run=lambda a: [print('x' * 100) for _ in range(10**5)] and 0)\n"
+        "cli._GROUPS = (add,)\n"
+        "sys.exit(cli.main(['try']))\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
+
+
+def test_doctor_tries_and_reports(monkeypatch, capsys):
+    monkeypatch.setattr(info_commands, "_import", lambda name: "1.0")
+    assert info_commands.run_doctor(argparse.Namespace()) == 0
+    output = capsys.readouterr().out
+    assert "everything a run needs works" in output
+    assert "AdamW8bit took a step with 8-bit states" in output
+    assert "compiles with OpenMP and Python.h" in output
+
+
+def test_doctor_fails_where_something_needed_is_missing(monkeypatch, capsys):
+    def missing(name: str) -> str:
+        if name in ("wandb", "deepspeed"):
+            raise ModuleNotFoundError(f"No module named '{name}'")
+        return "1.0"
+
+    monkeypatch.setattr(info_commands, "_import", missing)
+    monkeypatch.setattr(info_commands, "_compiler", lambda: "13.0")
+    assert info_commands.run_doctor(argparse.Namespace()) == 1
+    output = capsys.readouterr().out
+    assert "missing for a run on this machine: deepspeed, wandb\n" in output
+    assert "FAILS  ModuleNotFoundError: No module named 'wandb'" in output
+    assert "accelerator" not in output
