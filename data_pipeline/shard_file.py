@@ -40,6 +40,8 @@ _HEADER = struct.Struct("<8sIIIIQQ")
 _HEADER_BYTES = 64
 _BYTES_PER_ROW = 16
 _TAR_BLOCK = 512
+_OWNER = "bigdata"  # What webdataset writes where nothing else is said.
+_MODE = 0o444
 _ROW_TAIL = struct.Struct("<IQ")
 
 
@@ -85,7 +87,7 @@ def write_shard(
     crcs = np.empty(len(rows), dtype="<u4")
     with atomic_write(folder / f"{stem}.tar") as file:
         hashed = _HashingFile(file)
-        with webdataset.TarWriter(hashed, mtime=0, encoder=True, compress=False) as writer:
+        with webdataset.TarWriter(hashed, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, compress=False) as writer:
             for i, row in enumerate(np.ascontiguousarray(rows)):
                 number = first_row + i
                 start = writer.tarstream.offset
@@ -217,13 +219,16 @@ def verify_shard(folder: Path, record: ShardRecord, first_row: int, dtype: np.dt
 
 
 def _wrong_headers(file: BinaryIO, name: str, npy_header: bytes, row_bytes: int) -> str | None:
-    try:
-        member = tarfile.TarInfo.frombuf(file.read(_TAR_BLOCK), "utf-8", "strict")
-    except (tarfile.HeaderError, UnicodeDecodeError) as error:
-        return f"the tar header is damaged ({error})"
-    if (member.name, member.size) != (name, len(npy_header) + row_bytes):
-        return f"the tar header names {member.name} with {member.size} bytes, expected {name}"
+    if file.read(_TAR_BLOCK) != _tar_header(name, len(npy_header) + row_bytes):
+        return f"the tar header is damaged, it should name {name}"
     return None if file.read(len(npy_header)) == npy_header else "the npy header is damaged"
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, _MODE
+    member.uname = member.gname = _OWNER
+    return member.tobuf(tarfile.USTAR_FORMAT)
 
 
 def _npy_header(dtype: np.dtype, sequence_length: int) -> bytes:
