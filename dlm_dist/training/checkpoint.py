@@ -130,12 +130,12 @@ def _add_model(snapshot: Snapshot, engine: Any, rank: int, world: int) -> None:
             snapshot.files["model/model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
 
 
-def plan_model_files(sizes: Iterable[tuple[str, int]], limit: int = MODEL_FILE_BYTES) -> dict[str, list[str]]:
-    """Deal parameters (name, bytes) in order into files of at most `limit` bytes -> file name -> names."""
+def plan_model_files(sizes: Iterable[tuple[str, int]]) -> dict[str, list[str]]:
+    """Deal parameters (name, bytes) in order into files of at most MODEL_FILE_BYTES -> file name -> names."""
     bins: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes:
-        if bins[-1] and filled + size > limit:
+        if bins[-1] and filled + size > MODEL_FILE_BYTES:
             bins.append([])
             filled = 0
         bins[-1].append(name)
@@ -258,12 +258,12 @@ def _fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def retain(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what killed saves left. Rank 0 only.
+def retain(folder: Path, keep_last: int | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints (None: none), and what killed saves left. Rank 0 only.
 
     The manifest goes first, so that a half-deleted checkpoint can never be taken for a whole one.
     """
-    for path in list_checkpoints(folder)[:-keep_last]:
+    for path in list_checkpoints(folder)[:-keep_last] if keep_last is not None else []:
         (path / MANIFEST).unlink()
         shutil.rmtree(path)
     for path in folder.glob(".step-*"):

@@ -5,7 +5,9 @@ Does not import deepspeed at its top: deepspeed reads DS_ACCELERATOR once, when 
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -41,6 +43,7 @@ def start_distributed(device: str) -> torch.device:
         torch.cuda.set_device(local_rank)
     import deepspeed
 
+    _quiet_libraries()
     if "MASTER_PORT" in os.environ:
         deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     else:
@@ -54,3 +57,15 @@ def _join_world_of_one(backend: str) -> None:
 
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _quiet_libraries() -> None:
+    """Leave the console to the run: libraries report warnings of ours, not their progress or each other's changes."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its only message on a CPU is about a 4-bit kernel that is never used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*is deprecated", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

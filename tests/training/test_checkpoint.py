@@ -1,0 +1,191 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dlm_dist import models
+from dlm_dist.training import checkpoint, zero_state
+from dlm_dist.training.checkpoint import CheckpointError
+from tests.training.conftest import run_steps, tiny_engine
+
+STATE = {"global_step": 2, "data_pos": 16}
+
+
+def save(engine, folder, step=2):
+    snapshot = checkpoint.take_snapshot(engine, step, STATE, {"tokenizer.json": b"{}"})
+    return checkpoint.save(snapshot, folder)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    engine, _ = tiny_engine("zero.stage=2", "optimizer.name=adamw8bit")
+    run_steps(engine, 0, 2)
+    return save(engine, tmp_path_factory.mktemp("run") / "checkpoints")
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    import shutil
+
+    return shutil.copytree(saved, tmp_path / "checkpoints" / saved.name)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit"])
+def test_a_loaded_engine_goes_on_to_the_bit(stage, precision, optimizer, tmp_path):
+    settings = (f"zero.stage={stage}", f"train.precision={precision}", f"optimizer.name={optimizer}")
+    engine, _ = tiny_engine(*settings)
+    run_steps(engine, 0, 2)
+    path = save(engine, tmp_path)
+    expected = run_steps(engine, 2, 3)
+    loaded, _ = tiny_engine(*settings, model=models.load(path, dtype=torch.float32))
+    checkpoint.load_shards(loaded, path)
+    assert run_steps(loaded, 2, 3) == expected
+    for one, other in zip(zero_state.shards(engine), zero_state.shards(loaded), strict=True):
+        assert torch.equal(one.flat, other.flat)
+
+
+def test_several_stage_3_sub_groups(tmp_path):
+    settings = ("zero.stage=3", "optimizer.name=adamw8bit", "deepspeed.zero_optimization.sub_group_size=2000")
+    engine, _ = tiny_engine(*settings)
+    assert len(zero_state.shards(engine)) > 4
+    run_steps(engine, 0, 2)
+    path = save(engine, tmp_path)
+    expected = run_steps(engine, 2, 2)
+    loaded, _ = tiny_engine(*settings, model=models.load(path, dtype=torch.float32))
+    checkpoint.load_shards(loaded, path)
+    assert run_steps(loaded, 2, 2) == expected
+
+
+def test_what_a_checkpoint_holds(saved):
+    names = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert names == {
+        "manifest.json",
+        "trainer_state.json",
+        "model/config.json",
+        "model/model.safetensors",
+        "tensors/rank-00000.json",
+        "tensors/rank-00000.safetensors",
+        "tokenizer/tokenizer.json",
+    }
+    assert set(json.loads((saved / "manifest.json").read_text())["files"]) == names - {"manifest.json"}
+    assert checkpoint.verify(saved) == []
+    assert checkpoint.load_trainer_state(saved) == STATE
+
+
+def test_a_model_in_several_files_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MODEL_FILE_BYTES", 10_000)
+    engine, _ = tiny_engine("zero.stage=3")
+    path = save(engine, tmp_path)
+    assert len(list((path / "model").glob("*.safetensors"))) > 2
+    loaded = models.load(path)
+    for name, parameter in tiny_engine("zero.stage=0")[0].module.named_parameters():
+        assert torch.equal(loaded.state_dict()[name], parameter)
+
+
+def test_safetensors_files_are_what_the_library_reads(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "codes": torch.arange(256, dtype=torch.uint8),
+        "step": torch.tensor(4.0),
+        "empty": torch.empty(0, 3),
+        "long": torch.arange(6).view(2, 3),
+    }
+    entry = checkpoint.write_safetensors(tmp_path / "x.safetensors", tensors)
+    assert entry["size"] == (tmp_path / "x.safetensors").stat().st_size
+    assert entry["sha256"] == checkpoint.file_sha256(tmp_path / "x.safetensors")
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+FILES = ["trainer_state.json", "model/model.safetensors", "tensors/rank-00000.safetensors", "tensors/rank-00000.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "swap bytes"])
+def test_any_damage_is_found_and_named(copy, name, damage):
+    file = copy / name
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        file.write_bytes(content[:-1])
+    elif damage == "swap bytes":
+        file.write_bytes(content[::-1])
+    else:
+        file.unlink()
+    problems = checkpoint.verify(copy)
+    assert len(problems) == 1
+    assert name in problems[0]
+    with pytest.raises(CheckpointError, match=r"cannot resume from .*step-2"):
+        checkpoint.find_resumable(copy.parent, str(copy))
+
+
+def test_a_checkpoint_without_manifest_does_not_exist(copy):
+    (copy / "manifest.json").unlink()
+    assert checkpoint.list_checkpoints(copy.parent) == []
+    assert checkpoint.find_resumable(copy.parent, "auto") == (None, [])
+    assert "manifest.json" in checkpoint.verify(copy)[0]
+
+
+def test_a_manifest_cannot_point_outside(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = {"size": 1, "sha256": ""}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert any("outside" in problem for problem in checkpoint.verify(copy))
+
+
+def test_auto_falls_back_to_the_newest_that_verifies(saved, tmp_path):
+    import shutil
+
+    folder = tmp_path / "checkpoints"
+    for step in (2, 10, 9):
+        shutil.copytree(saved, folder / f"step-{step}")
+    (folder / "step-10" / "trainer_state.json").write_text("{}")
+    path, passed_over = checkpoint.find_resumable(folder, "auto")
+    assert path == folder / "step-9"
+    assert len(passed_over) == 1
+    assert "step-10" in passed_over[0]
+    for step in (2, 9):
+        (folder / f"step-{step}" / "model" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.find_resumable(folder, "auto")
+
+
+def test_retention_keeps_the_newest_and_sweeps_what_kills_left(saved, tmp_path):
+    import shutil
+
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4, 10):
+        shutil.copytree(saved, folder / f"step-{step}")
+    (folder / ".step-12.writing").mkdir()
+    checkpoint.retain(folder, 2)
+    assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-4", "step-10"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-10", "step-4"]
+
+
+def test_a_full_disk_is_reported_and_harms_nothing(tmp_path, monkeypatch):
+    engine, _ = tiny_engine("zero.stage=1")
+    first = save(engine, tmp_path, step=2)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    with pytest.raises(CheckpointError, match=r"step-4 could not be written: rank 0: .*No space left"):
+        save(engine, tmp_path, step=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
+    assert checkpoint.verify(first) == []
+
+
+def test_another_layout_is_refused(saved):
+    engine, _ = tiny_engine("zero.stage=3", "optimizer.name=adamw8bit")
+    with pytest.raises(CheckpointError, match="another layout"):
+        checkpoint.load_shards(engine, saved)
