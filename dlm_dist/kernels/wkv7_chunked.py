@@ -28,6 +28,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_SIZES = (16, 32, 64)
@@ -213,11 +214,12 @@ class _Operands:
 
     def __init__(self, layout: _Layout, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         r, log_w, k, v, a, b = (layout.split(x).to(dtype) for x in inputs)
-        inclusive = log_w.cumsum(-2)
-        self.end = inclusive[..., -1:, :].exp()  # e^{G_L}
-        self.grow = inclusive.exp()  # e^G
-        self.grow_before = torch.sub(inclusive, log_w).exp_()  # e^E
-        self.shrink = inclusive.neg_().exp_()  # e^{-G}
+        # In fp64, because an fp32 sum near -39 is only good to 2e-6, and that would be the relative error of e^G.
+        inclusive = log_w.cumsum(-2, dtype=torch.float64)
+        self.grow = inclusive.exp().to(dtype)  # e^G
+        self.shrink = inclusive.neg_().exp_().to(dtype)  # e^{-G}
+        self.grow_before = F.pad(self.grow[..., :-1, :], (0, 0, 1, 0), value=1.0)  # e^E
+        self.end = self.grow[..., -1:, :]
         self.ra = torch.cat([r * self.grow, a * self.grow_before], -2)  # [Rhat; Ahat], [2L, N]
         self.kb = torch.cat([k * self.shrink, b * self.shrink], -2)  # [2L, N]; times e^{G_L}: as of the chunk's end
         self.v = v.contiguous()
@@ -246,86 +248,128 @@ def _mask(products: Tensor) -> Tensor:
 
 
 class _ChunkedWKV7(torch.autograd.Function):
-    """Forward and written-out backward of the chunked form."""
+    """The chunked form as one differentiable operation, a few heads at a time."""
 
     @staticmethod
     def forward(ctx, r, log_w, k, v, a, b, initial_state, layout):  # type: ignore[no-untyped-def]
         dtype = _compute_dtype(v)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        final_state = torch.empty_like(initial_state, dtype=dtype)
+        kept = []
         with torch.autocast(r.device.type, enabled=False):
-            ops = _Operands(layout, (r, log_w, k, v, a, b), dtype)
-            length = layout.chunk
-            attention = ops.products()
-            identity = torch.eye(length, dtype=dtype, device=r.device)
-            inverse = torch.linalg.solve_triangular(
-                identity - attention[..., length:, length:], identity, upper=False, unitriangular=True
-            )
-            y = inverse @ (attention[..., length:, :length] @ ops.v)
-            vy = torch.cat([ops.v, y], -2)
-            transfer, read = ops.chain(attention, inverse)
-            states, final_state = _chain(layout, transfer, (ops.kb.mT @ vy).mul_(ops.end.mT), initial_state.to(dtype))
-            out = attention[..., :length, :] @ vy
-            out += read @ states
-            out = layout.merge(out).to(v.dtype)
+            for heads in _head_slices(layout, r):
+                inputs = tuple(x[:, :, heads] for x in (r, log_w, k, v, a, b))
+                out[:, :, heads], final_state[:, heads], inverse, states = _forward(
+                    layout, inputs, initial_state[:, heads].to(dtype)
+                )
+                kept += [inverse, states]
         ctx.set_materialize_grads(False)
         ctx.layout = layout
-        ctx.save_for_backward(r, log_w, k, v, a, b, inverse, states)
         ctx.state_dtype = initial_state.dtype
+        ctx.save_for_backward(r, log_w, k, v, a, b, *kept)
         return out, final_state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, d_final):  # type: ignore[no-untyped-def]
-        r, log_w, k, v, a, b, inverse, states = ctx.saved_tensors
-        layout: _Layout = ctx.layout
-        dtype, length = states.dtype, layout.chunk
+        r, log_w, k, v, a, b, *kept = ctx.saved_tensors
+        operands = (r, log_w, k, v, a, b)
         d_out = torch.zeros_like(v) if d_out is None else d_out
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in operands]
+        shape = (ctx.layout.documents, r.shape[2], r.shape[3], r.shape[3])
+        d_final = kept[1].new_zeros(shape) if d_final is None else d_final
+        d_initial = torch.empty(shape, dtype=ctx.state_dtype, device=r.device)
         with torch.autocast(r.device.type, enabled=False):
-            ops = _Operands(layout, (r, log_w, k, v, a, b), dtype)
-            attention = ops.products()
-            d_o = layout.split(d_out).to(dtype).contiguous()
-            transfer, read = ops.chain(attention, inverse)
-            d_ends, d_initial = _chain_backward(layout, transfer, read.mT @ d_o, d_final)
-            del transfer, read
+            for i, heads in enumerate(_head_slices(ctx.layout, r)):
+                inputs = tuple(x[:, :, heads] for x in operands)
+                inverse, states = kept[2 * i : 2 * i + 2]
+                *found, d_initial[:, heads] = _backward(
+                    ctx.layout, inputs, inverse, states, d_out[:, :, heads], d_final[:, heads]
+                )
+                for grad, slots in zip(grads, found, strict=True):
+                    grad[:, :, heads] = ctx.layout.merge(slots)
+        return *grads, d_initial, None
 
-            # U once more, then the gradients of U and of X = A_ak V + Ahat S_0.
-            scaled_d_ends = d_ends * ops.end.mT
-            x = attention[..., length:, :length] @ ops.v
-            x += ops.ra[..., length:, :] @ states
-            vu = torch.cat([ops.v, inverse @ x], -2)
-            d_vu = attention[..., :length, :].mT @ d_o
-            d_vu += ops.kb @ scaled_d_ends
-            d_x = inverse.mT @ d_vu[..., length:, :]
-            d_v = d_vu[..., :length, :] + attention[..., length:, :length].mT @ d_x
-            del x, attention
 
-            d_ox = torch.cat([d_o, d_x], -2)
-            d_products = _mask(d_ox @ vu.mT)
-            d_ra = d_products @ ops.kb
-            d_ra += d_ox @ states.mT
-            d_kb_end = vu @ scaled_d_ends.mT
-            # How G_L enters: through the state's own decay and through k and b carried to the chunk's end.
-            d_total = (scaled_d_ends * states).sum(-1).unsqueeze(-2)
-            d_total += (d_kb_end * ops.kb).sum(-2, keepdim=True)
-            d_kb = d_kb_end.add_(d_products.mT @ ops.ra)
-            del d_products
+def _head_slices(layout: _Layout, r: Tensor) -> list[slice]:
+    """Groups of heads to work on at a time.
 
-            d_ra_exponent = d_ra * ops.ra
-            d_kb_exponent = d_kb * ops.kb
-            d_exclusive = d_ra_exponent[..., length:, :]
-            d_inclusive = d_ra_exponent[..., :length, :] + d_exclusive
-            d_inclusive -= d_kb_exponent[..., :length, :] + d_kb_exponent[..., length:, :]
-            d_log_w = _reverse_cumsum(d_inclusive) - d_exclusive + d_total
+    On a CPU few enough that a tensor of one group stays near half a megabyte: what a group's products leave in the
+    cache is then still there for the next operation, which measured 1.4 times faster than all heads at once.
+    """
+    heads, size = r.shape[2:]
+    if r.device.type != "cpu":
+        return [slice(0, heads)]
+    elements_per_head = max(1, sum(layout.active) * layout.chunk * size)
+    group = max(1, min(heads, 2**17 // elements_per_head))
+    return [slice(start, min(start + group, heads)) for start in range(0, heads, group)]
 
-            grads = (
-                d_ra[..., :length, :] * ops.grow,
-                d_log_w,
-                d_kb[..., :length, :] * ops.shrink,
-                d_v,
-                d_ra[..., length:, :] * ops.grow_before,
-                d_kb[..., length:, :] * ops.shrink,
-            )
-            merged = [layout.merge(g).to(x.dtype) for g, x in zip(grads, (r, log_w, k, v, a, b), strict=True)]
-        return *merged, d_initial.to(ctx.state_dtype), None
+
+def _forward(layout: _Layout, inputs: tuple[Tensor, ...], initial: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out [B, T, H, N], final states [D, H, N, N], T [chunks, H, L, L] and the states before each chunk."""
+    ops = _Operands(layout, inputs, initial.dtype)
+    length = layout.chunk
+    attention = ops.products()
+    identity = torch.eye(length, dtype=initial.dtype, device=initial.device)
+    inverse = torch.linalg.solve_triangular(
+        identity - attention[..., length:, length:], identity, upper=False, unitriangular=True
+    )
+    y = inverse @ (attention[..., length:, :length] @ ops.v)
+    vy = torch.cat([ops.v, y], -2)
+    transfer, read = ops.chain(attention, inverse)
+    states, final = _chain(layout, transfer, (ops.kb.mT @ vy).mul_(ops.end.mT), initial)
+    out = attention[..., :length, :] @ vy
+    out += read @ states
+    return layout.merge(out), final, inverse, states
+
+
+def _backward(
+    layout: _Layout, inputs: tuple[Tensor, ...], inverse: Tensor, states: Tensor, d_out: Tensor, d_final: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of r, log_w, k, v, a, b [chunks, H, L, N] and of the initial states [D, H, N, N]."""
+    dtype, length = states.dtype, layout.chunk
+    ops = _Operands(layout, inputs, dtype)
+    attention = ops.products()
+    d_o = layout.split(d_out).to(dtype).contiguous()
+    transfer, read = ops.chain(attention, inverse)
+    d_ends, d_initial = _chain_backward(layout, transfer, read.mT @ d_o, d_final.to(dtype))
+    d_ends *= ops.end.mT  # from here on as seen from the chunk's start
+
+    # U once more, then the gradients of U and of X = A_ak V + Ahat S_0.
+    x = attention[..., length:, :length] @ ops.v
+    x += ops.ra[..., length:, :] @ states
+    vu = torch.cat([ops.v, inverse @ x], -2)
+    d_vu = attention[..., :length, :].mT @ d_o
+    d_vu += ops.kb @ d_ends
+    d_x = inverse.mT @ d_vu[..., length:, :]
+    d_v = d_vu[..., :length, :] + attention[..., length:, :length].mT @ d_x
+
+    d_ox = torch.cat([d_o, d_x], -2)
+    d_products = _mask(d_ox @ vu.mT)
+    d_ra = d_products @ ops.kb
+    d_ra += d_ox @ states.mT
+    d_kb = vu @ d_ends.mT
+    # How G_L enters: through the state's own decay and through k and b carried to the chunk's end.
+    d_total = (d_ends * states).sum(-1).unsqueeze(-2)
+    d_total += (d_kb * ops.kb).sum(-2, keepdim=True)
+    d_kb += d_products.mT @ ops.ra
+
+    d_ra_exponent = d_ra * ops.ra
+    d_kb_exponent = d_kb * ops.kb
+    d_exclusive = d_ra_exponent[..., length:, :]
+    d_inclusive = d_ra_exponent[..., :length, :] + d_exclusive
+    d_inclusive -= d_kb_exponent[..., :length, :]
+    d_inclusive -= d_kb_exponent[..., length:, :]
+    d_log_w = _reverse_cumsum(d_inclusive).sub_(d_exclusive).add_(d_total)
+    return (
+        d_ra[..., :length, :] * ops.grow,
+        d_log_w,
+        d_kb[..., :length, :] * ops.shrink,
+        d_v,
+        d_ra[..., length:, :] * ops.grow_before,
+        d_kb[..., length:, :] * ops.shrink,
+        d_initial,
+    )
 
 
 def _reverse_cumsum(x: Tensor) -> Tensor:
@@ -347,16 +391,13 @@ def _chain(layout: _Layout, transfer: Tensor, added: Tensor, initial: Tensor) ->
     return states, layout.unsort(final)
 
 
-def _chain_backward(
-    layout: _Layout, transfer: Tensor, d_states: Tensor, d_final: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _chain_backward(layout: _Layout, transfer: Tensor, d_states: Tensor, d_final: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the state after every chunk [chunks, H, N, N] and of the initial states [D, H, N, N].
 
     `d_states` [chunks, H, N, N] is the outputs' direct share of the gradient of the state before each chunk.
     """
     d_ends = torch.empty_like(transfer)
-    shape = (layout.documents, *transfer.shape[1:])
-    d_state = transfer.new_zeros(shape) if d_final is None else layout.sort(d_final.to(transfer.dtype)).clone()
+    d_state = layout.sort(d_final).clone()
     row = transfer.shape[0]
     for count in reversed(layout.active):
         row -= count
