@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sysconfig
 import warnings
 
 import torch
@@ -30,25 +31,51 @@ def start_distributed(device: str) -> torch.device:
     if device == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(["train.device is mps, which runs as one process only: start one rank"])
     os.environ["DS_ACCELERATOR"] = device
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    _find_own_programs()
     local_rank = int(os.environ["LOCAL_RANK"])
     if device == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
-        torch.set_num_threads(max(1, cores // local_world))
+        torch.set_num_threads(threads_per_rank())
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     import deepspeed
 
+    if device == "cpu":
+        _leave_out_shared_memory_op()
     _quiet_libraries()
     if "MASTER_PORT" in os.environ:
         deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
     else:
         _join_world_of_one("nccl" if device == "cuda" else "gloo")
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+
+
+def threads_per_rank() -> int:
+    """This rank's share of the cores that its machine lets it use: torchrun and deepspeed name the ranks per machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return max(1, cores // local_world)
+
+
+def _find_own_programs() -> None:
+    """Put the environment's scripts on PATH where it is not activated: DeepSpeed starts ninja by name."""
+    scripts = sysconfig.get_path("scripts")
+    path = os.environ.get("PATH", os.defpath)
+    if scripts not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, path])
+
+
+def _leave_out_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling an all-reduce for tensor-parallel inference, which training never calls.
+
+    DeepSpeed 0.19 compiles it on CPU in init_distributed: that takes a minute, fails without g++, ninja and
+    Python.h, and a kill meanwhile leaves a lock file for which every later start waits for ever.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _join_world_of_one(backend: str) -> None:
