@@ -85,16 +85,20 @@ def select_backend(device: torch.device | str, strict: bool = False) -> Backend:
     first_time = chosen is None
     if chosen is None:
         chosen = _selected[device] = _choose(device)
-    degraded = device.type == "cuda" and (chosen.name != "fla" or chosen.chunk_size != _FLA_CHUNKS[0])
-    if degraded and strict:
-        raise RuntimeError(f"WKV-7 on {device} would fall back to {chosen.name}: {chosen.reason} (strict is on).")
-    if degraded and first_time:
-        warnings.warn(
-            f"WKV-7 on {device} uses {chosen.name}, chunk {chosen.chunk_size or 'by length'}: {chosen.reason}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    shortfall = fallback(device)
+    if shortfall is not None and strict:
+        raise RuntimeError(f"{shortfall} (strict is on).")
+    if shortfall is not None and first_time:
+        warnings.warn(shortfall, RuntimeWarning, stacklevel=2)
     return chosen
+
+
+def fallback(device: torch.device) -> str | None:
+    """What was chosen for `device` in place of fla at chunk 64, and why; None where nothing was given up."""
+    chosen = _selected.get(device)
+    if chosen is None or device.type != "cuda" or (chosen.name, chosen.chunk_size) == ("fla", _FLA_CHUNKS[0]):
+        return None
+    return f"WKV-7 on {device} uses {chosen.name}, chunk {chosen.chunk_size or 'by length'}: {chosen.reason}"
 
 
 def backend_report() -> dict[str, dict[str, object]]:

@@ -53,7 +53,7 @@ def start_distributed(device: str) -> torch.device:
 
 
 def threads_per_rank() -> int:
-    """This rank's share of the cores that its machine lets it use: torchrun and deepspeed name the ranks per machine."""
+    """This rank's share of the cores of its machine; torchrun and deepspeed say how many ranks it has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return max(1, cores // local_world)

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data_pipeline.shards import ShardedSource
 
 from data_pipeline.loader import ReadAhead, SampleStream
 from data_pipeline.order import SkipList
+from data_pipeline.shards import ShardedSource
 from dlm_dist import models
 from dlm_dist.config import BatchPlan, ConfigError, RunConfig, resolve_batch, to_yaml, updated
 from dlm_dist.diffusion.objectives import OBJECTIVES, Vocabulary
@@ -71,6 +71,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         (config.train.max_epochs or 0) * stream.epoch_length // config.train.global_batch_size
     )
     backend = wkv7.select_backend(device, strict=config.strict) if config.model.backbone == "rwkv7" else None
+    fallbacks = [text for text in (wkv7.fallback(device),) if text is not None]
     model, loading = _build_model(config, sources[0], resumed)
     engine, groups = build_engine(model, config, plan)
     progress = Progress()
@@ -82,7 +83,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     peak = _total_peak(config, device)
     log = None
     if rank == 0:
-        _record_start(config, command, resumed, passed_over, plan, world, groups, backend, loading, peak)
+        _record_start(config, command, resumed, passed_over, plan, world, groups, backend, fallbacks, loading, peak)
         log = _open_log(config, progress, max_steps, resumed)
         if passed_over:
             log.console.line("\n".join(f"passed over: {problem}" for problem in passed_over))
@@ -315,7 +316,8 @@ class Callbacks:
         """A checkpoint, then retention."""
         folder = self.config.run.dir / "checkpoints"
         state = self._trainer_state(progress)
-        tokenizer_files = {path.name: path.read_bytes() for path in sorted((self.source.folder / "tokenizer").iterdir())}
+        tokenizer = self.source.folder / "tokenizer"
+        tokenizer_files = {path.name: path.read_bytes() for path in sorted(tokenizer.iterdir())}
         snapshot = checkpoint.take_snapshot(self.engine, progress.step, state, tokenizer_files)
         path = checkpoint.save(snapshot, folder)
         if dist.get_rank() == 0:
@@ -385,6 +387,7 @@ def _record_start(
     world: int,
     groups: list[dict[str, Any]],
     backend: wkv7.Backend | None,
+    fallbacks: Sequence[str],
     loading: Mapping[str, Any] | None,
     peak: float,
 ) -> None:
@@ -412,6 +415,7 @@ def _record_start(
             },
             "parameter_groups": groups,
             "wkv7_backend": asdict(backend) if backend is not None else None,
+            "fallbacks": fallbacks,
             "init_from": loading,
             "gemm_peak_flops": peak,
         }

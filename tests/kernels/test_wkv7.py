@@ -206,6 +206,7 @@ def test_backend_is_fla_where_it_is_right(pretended_gpu: dict[int, str | None]) 
         warnings.simplefilter("error")
         chosen = backends.select_backend("cuda:0", strict=True)
     assert (chosen.name, chosen.chunk_size) == ("fla", 64)
+    assert backends.fallback(torch.device("cuda:0")) is None
     report = backends.backend_report()["cuda:0"]
     assert report["name"] == "fla"
     assert "torch" in report["versions"]
@@ -213,13 +214,14 @@ def test_backend_is_fla_where_it_is_right(pretended_gpu: dict[int, str | None]) 
 
 def test_backend_falls_back_with_one_warning_or_fails_when_strict(pretended_gpu: dict[int, str | None]) -> None:
     pretended_gpu[64] = "wrong by 0.5 in d_b"
-    with pytest.warns(RuntimeWarning, match="fla at chunk 64: wrong by 0.5 in d_b"):
+    with pytest.warns(RuntimeWarning, match=r"fla at chunk 64: wrong by 0\.5 in d_b"):
         chosen = backends.select_backend("cuda:0")
     assert (chosen.name, chosen.chunk_size) == ("fla", 16)
+    assert "wrong by 0.5 in d_b" in (backends.fallback(torch.device("cuda:0")) or "")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.select_backend("cuda:0") is chosen
-    with pytest.raises(RuntimeError, match="wrong by 0.5 in d_b"):
+    with pytest.raises(RuntimeError, match=r"wrong by 0\.5 in d_b"):
         backends.select_backend("cuda:0", strict=True)
     pretended_gpu[16] = "CompilationError"
     with pytest.warns(RuntimeWarning, match="pytorch"):
@@ -228,6 +230,7 @@ def test_backend_falls_back_with_one_warning_or_fails_when_strict(pretended_gpu:
 
 def test_cpu_backend_is_reported() -> None:
     assert backends.select_backend("cpu", strict=True).name == "pytorch"
+    assert backends.fallback(torch.device("cpu")) is None
     assert backends.backend_report()["cpu"]["name"] == "pytorch"
 
 
