@@ -24,7 +24,7 @@ from data_pipeline.documents import AUTO, FORMATS, ReadOptions, find_files, piec
 from data_pipeline.errors import DataError
 from data_pipeline.files import atomic_write, read_json, remove_temporaries, write_json
 from data_pipeline.packing import PackedStream
-from data_pipeline.parallel import run_tasks
+from data_pipeline.parallel import Workers
 from data_pipeline.shard_file import ShardRecord
 from data_pipeline.shards import SPLITS, TOKENIZER_FOLDER, SourceIndex, row_dtype
 from data_pipeline.tokenizer_backends.characters import CharacterTokenizer
@@ -131,25 +131,26 @@ def build_dataset(options: BuildOptions) -> BuildSummary:
             _refuse_other_plan(read_json(scratch / PLAN_FILE), plan, what)
         else:
             write_json(scratch / PLAN_FILE, plan)
-        summary = _build(options, files, tokenizer, output)
+        with Workers(options.workers) as workers:
+            summary = _build(options, files, tokenizer, output, workers)
         write_json(finished, {"plan": plan, "summary": summary})
         _remove_scratch(scratch)
     return _summary(output, summary, already_built=False)
 
 
-def _build(options: BuildOptions, files: list[Path], tokenizer: Tokenizer | None, output: Path) -> dict[str, Any]:
+def _build(
+    options: BuildOptions, files: list[Path], tokenizer: Tokenizer | None, output: Path, workers: Workers
+) -> dict[str, Any]:
     scratch = output / SCRATCH_FOLDER
     units = units_of(pieces_of(files, options.format, options.unit_bytes), options.unit_bytes)
     tasks = [_unit_task(unit, options, scratch) for unit in units]
     if not (scratch / TOKENIZER_FOLDER / DESCRIPTION_FILE).is_file():
         if tokenizer is None:
-            found = run_tasks(
-                characters_of, tasks, options.workers, "learning characters", [u.size for u in units], "B"
-            )
+            found = workers.run(characters_of, tasks, "learning characters", [unit.size for unit in units], "B")
             tokenizer = CharacterTokenizer(sorted(set().union(*found)))
         tokenizer.save(scratch / TOKENIZER_FOLDER)
     scratch_tokenizer.cache_clear()  # This process may have built another data set in this folder.
-    reports = _tokenise(tasks, options)
+    reports = _tokenise(tasks, options, workers)
     bad = bad_records(units, reports)
     if bad:
         with atomic_write(output / QUARANTINE_FILE) as file:
@@ -162,19 +163,19 @@ def _build(options: BuildOptions, files: list[Path], tokenizer: Tokenizer | None
         )
     splits = SPLITS if options.validation_fraction > 0 else SPLITS[:1]
     return {
-        "splits": {split: _pack_split(split, reports, options, output) for split in splits},
+        "splits": {split: _pack_split(split, reports, options, output, workers) for split in splits},
         "bad_records": len(bad),
         "empty_documents": sum(report.empty_documents for report in reports),
         "input_bytes": sum(unit.size for unit in units),
     }
 
 
-def _tokenise(tasks: list[UnitTask], options: BuildOptions) -> list[UnitReport]:
+def _tokenise(tasks: list[UnitTask], options: BuildOptions, workers: Workers) -> list[UnitReport]:
     """Tokenise all units that are not done, then move a document if a split would be empty."""
     scratch = tasks[0].scratch
     left = [task for task in tasks if read_report(scratch, task.unit.number) is None]
     sizes = [task.unit.size for task in left]
-    run_tasks(tokenise_unit, left, options.workers, "tokenising", sizes, "B")
+    workers.run(tokenise_unit, left, "tokenising", sizes, "B")
     reports = [_report(scratch, task) for task in tasks]
     if options.validation_fraction == 0:
         return reports
@@ -205,7 +206,9 @@ def _report(scratch: str, task: UnitTask) -> UnitReport:
     return report
 
 
-def _pack_split(split: str, reports: list[UnitReport], options: BuildOptions, output: Path) -> dict[str, Any]:
+def _pack_split(
+    split: str, reports: list[UnitReport], options: BuildOptions, output: Path, workers: Workers
+) -> dict[str, Any]:
     """Write the split's shards that are not done, its tokenizer and its index; returns its summary."""
     scratch, folder = output / SCRATCH_FOLDER, output / split
     folder.mkdir(exist_ok=True)
@@ -229,7 +232,7 @@ def _pack_split(split: str, reports: list[UnitReport], options: BuildOptions, ou
     ]
     left = [task for task in tasks if read_shard_record(task) is None]
     sizes = [task.stop_row - task.first_row for task in left]
-    run_tasks(pack_shard, left, options.workers, f"writing {split}", sizes, "rows")
+    workers.run(pack_shard, left, f"writing {split}", sizes, "rows")
     records = [record for task in tasks if (record := read_shard_record(task)) is not None]
     tokenizer.save(folder / TOKENIZER_FOLDER)
     index = SourceIndex(

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from data_pipeline.errors import DataError
 from data_pipeline.progress import progress
@@ -17,44 +17,61 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def run_tasks(
-    function: Callable[[Task], Result],
-    tasks: Sequence[Task],
-    workers: int,
-    what: str,
-    sizes: Sequence[int],
-    unit: str,
-) -> list[Result]:
-    """`function` of each task, in this process or in up to `workers` others. sizes, unit: for the progress.
+class Workers:
+    """Up to `number` processes, started when first needed and ended with the block; 1 means this process."""
 
-    The first error stops the rest and is raised. Raises DataError if a worker process dies.
-    """
-    if not tasks:
-        return []
-    with progress(what, sum(sizes), unit) as advance:
-        if min(workers, len(tasks)) == 1:
-            results = []
-            for task, size in zip(tasks, sizes, strict=True):
-                results.append(function(task))
-                advance(size)
-            return results
-        # Spawned, not forked: the tokenizer libraries have threads, and a forked copy of their locks hangs.
-        pool = ProcessPoolExecutor(
-            min(workers, len(tasks)), multiprocessing.get_context("spawn"), initializer=_start_worker
-        )
-        try:
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        what: str,
+        sizes: Sequence[int],
+        unit: str,
+    ) -> list[Result]:
+        """`function` of each task, in the order of the tasks. what, sizes, unit: for the progress.
+
+        The first error is raised, and tasks that have not begun are dropped. Raises DataError if a worker
+        process dies.
+        """
+        if not tasks:
+            return []
+        with progress(what, sum(sizes), unit) as advance:
+            if min(self._number, len(tasks)) == 1:
+                results = []
+                for task, size in zip(tasks, sizes, strict=True):
+                    results.append(function(task))
+                    advance(size)
+                return results
+            pool = self._started()
             futures = {pool.submit(function, task): size for task, size in zip(tasks, sizes, strict=True)}
-            for future in as_completed(futures):
-                future.result()
-                advance(futures[future])
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    advance(futures[future])
+            except BrokenProcessPool as error:
+                raise DataError(
+                    f"a worker process died while {what} (out of memory?); start the same build again to go on, "
+                    "with fewer workers if it dies again"
+                ) from error
             return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"a worker process died while {what} (out of memory?); start the same build again to go on, "
-                "with fewer workers if it dies again"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            # Spawned, not forked: the tokenizer libraries have threads, and a forked copy of their locks hangs.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._number, context, initializer=_start_worker)
+        return self._pool
 
 
 def _start_worker() -> None:

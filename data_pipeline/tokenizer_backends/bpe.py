@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import atomic_write, canonical_json
+from data_pipeline.files import atomic_write
 from data_pipeline.tokenizer_backends.byte_alphabet import spelled_bytes
 from data_pipeline.tokenizer_base import Ids, Tokenizer
 
@@ -122,7 +122,8 @@ class BytePairTokenizer(Tokenizer):
         return table
 
     def _vocabulary_digest(self) -> str:
-        return hashlib.sha256(canonical_json([self._vocabulary, self._merges])).hexdigest()
+        entries = sorted(self._vocabulary, key=self._vocabulary.__getitem__)
+        return hashlib.sha256("\n".join([*entries, "", *self._merges]).encode("utf-8")).hexdigest()
 
     def _save_vocabulary(self, folder: Path) -> None:
         with atomic_write(folder / "vocab.json") as file:
