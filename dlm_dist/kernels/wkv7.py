@@ -78,9 +78,7 @@ def select_backend(device: torch.device | str, strict: bool = False) -> Backend:
     A CUDA device that ends on anything but fla at chunk 64 is warned about once; with `strict` it is a
     RuntimeError. Takes seconds on CUDA (kernels are compiled): call it before the first step.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _with_index(device)
     chosen = _selected.get(device)
     first_time = chosen is None
     if chosen is None:
@@ -93,8 +91,9 @@ def select_backend(device: torch.device | str, strict: bool = False) -> Backend:
     return chosen
 
 
-def fallback(device: torch.device) -> str | None:
+def fallback(device: torch.device | str) -> str | None:
     """What was chosen for `device` in place of fla at chunk 64, and why; None where nothing was given up."""
+    device = _with_index(device)
     chosen = _selected.get(device)
     if chosen is None or device.type != "cuda" or (chosen.name, chosen.chunk_size) == ("fla", _FLA_CHUNKS[0]):
         return None
@@ -104,6 +103,14 @@ def fallback(device: torch.device) -> str | None:
 def backend_report() -> dict[str, dict[str, object]]:
     """Device -> backend, chunk size, versions and reason, for every device selected so far in this process."""
     return {str(device): asdict(backend) for device, backend in _selected.items()}
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    """`device`, where "cuda" alone means the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _choose(device: torch.device) -> Backend:
@@ -167,7 +174,8 @@ def _self_test(device: torch.device, chunk_size: int) -> str | None:
     """None where fla's kernel agrees with ours on `device`, else one sentence that says how it failed."""
 
     try:
-        errors = self_test_errors(device, partial(_fla_wkv7, chunk_size=chunk_size))
+        with torch.inference_mode(False):
+            errors = self_test_errors(device, partial(_fla_wkv7, chunk_size=chunk_size))
     except Exception as error:  # a compiler, driver or launch error: the reason is reported, the kernel not used
         return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     wrong = {name: error for name, error in errors.items() if not error <= SELF_TEST_TOLERANCE}
@@ -217,8 +225,10 @@ def _probe_operands(device: torch.device, batch: int, length: int, states: int) 
 def _results(
     kernel: Callable[..., tuple[Tensor, Tensor]], operands: list[Tensor], cu_seqlens: Tensor | None
 ) -> dict[str, Tensor]:
-    leaves = [x.detach().clone().requires_grad_() for x in operands[:7]]
-    out, state = kernel(*leaves, cu_seqlens)
-    grads = torch.autograd.grad([out, state], leaves, operands[7:])
+    # The first call may come from a forward without gradients.
+    with torch.enable_grad():
+        leaves = [x.detach().clone().requires_grad_() for x in operands[:7]]
+        out, state = kernel(*leaves, cu_seqlens)
+        grads = torch.autograd.grad([out, state], leaves, operands[7:])
     gradients = zip(("d_r", "d_log_w", "d_k", "d_v", "d_a", "d_b", "d_initial_state"), grads, strict=True)
     return {"out": out.detach(), "final_state": state.detach(), **dict(gradients)}

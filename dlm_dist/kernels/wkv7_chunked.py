@@ -215,7 +215,8 @@ class _Operands:
     def __init__(self, layout: _Layout, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
         r, log_w, k, v, a, b = (layout.split(x).to(dtype) for x in inputs)
         # In fp64, because an fp32 sum near -39 is only good to 2e-6, and that would be the relative error of e^G.
-        inclusive = log_w.cumsum(-2, dtype=torch.float64)
+        # (Apple's MPS has no fp64.)
+        inclusive = log_w.cumsum(-2, dtype=dtype if log_w.device.type == "mps" else torch.float64)
         self.grow = inclusive.exp().to(dtype)  # e^G
         self.shrink = inclusive.neg_().exp_().to(dtype)  # e^{-G}
         self.grow_before = F.pad(self.grow[..., :-1, :], (0, 0, 1, 0), value=1.0)  # e^E
@@ -343,6 +344,7 @@ def _backward(
     d_vu += ops.kb @ d_ends
     d_x = inverse.mT @ d_vu[..., length:, :]
     d_v = d_vu[..., :length, :] + attention[..., length:, :length].mT @ d_x
+    del attention, x
 
     d_ox = torch.cat([d_o, d_x], -2)
     d_products = _mask(d_ox @ vu.mT)
