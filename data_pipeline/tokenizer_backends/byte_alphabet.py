@@ -12,11 +12,16 @@ def _alphabet() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER = _alphabet()
+_NO_BYTE = 0xFFFF
+_TRANSLATION = {
+    **{value: _NO_BYTE for value in range(256) if chr(value) not in BYTE_OF_CHARACTER},
+    **{ord(character): value for character, value in BYTE_OF_CHARACTER.items()},
+}
 
 
 def spelled_bytes(token: str) -> bytes | None:
     """The bytes that a vocabulary entry spells; None if a character is outside the alphabet."""
     try:
-        return bytes(BYTE_OF_CHARACTER[character] for character in token)
-    except KeyError:
+        return token.translate(_TRANSLATION).encode("latin-1")
+    except UnicodeEncodeError:
         return None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer_backends.bpe import FAMILIES
-from data_pipeline.tokenizer_backends.byte_alphabet import BYTE_OF_CHARACTER
+from data_pipeline.tokenizer_backends.byte_alphabet import BYTE_OF_CHARACTER, spelled_bytes
 from data_pipeline.tokenizer_backends.bytes import ByteTokenizer
 from data_pipeline.tokenizer_backends.characters import CharacterTokenizer
 from data_pipeline.tokenizers import EOS_MARK, MASK_MARK, NAMES, Tokenizer, load
@@ -167,6 +167,15 @@ def test_without_fixed_bytes_per_id_the_bytes_still_sum_to_the_text(tmp_path: Pa
         assert len(ids) == len(counts)
         assert counts.sum() == len(text.encode())
         assert (counts >= 0).all()
+
+
+def test_byte_alphabet_spells_each_byte_once() -> None:
+    assert sorted(BYTE_OF_CHARACTER.values()) == list(range(256))
+    for character, value in BYTE_OF_CHARACTER.items():
+        assert spelled_bytes(character) == bytes([value])
+    assert spelled_bytes("\u0120caf\u00c3\u00a9") == " caf\u00e9".encode()
+    for outside in (" ", "\n", "\u4e16", "\u0144"):
+        assert spelled_bytes(outside) is None
 
 
 def test_character_vocabulary_does_not_depend_on_order() -> None:
