@@ -76,13 +76,18 @@ def _add_build(commands: Subparsers[argparse.ArgumentParser]) -> None:
     add(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=_cores(),
         metavar="N",
         help="processes (default: the number of cores, here %(default)s)",
     )
     add("--rows-per-shard", type=int, metavar="N", help="default: shards of about 128 MiB of tokens")
     add("--json", action="store_true", help="print the summary as one JSON object")
     build.set_defaults(run=run_build)
+
+
+def _cores() -> int:
+    # macOS does not say which cores this process may use.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_build(arguments: argparse.Namespace) -> int:

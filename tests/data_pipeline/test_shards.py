@@ -221,6 +221,7 @@ def few_open_shards(monkeypatch: pytest.MonkeyPatch) -> int:
     return 2
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted in /proc")
 def test_threads_share_a_source_with_few_open_files(tmp_path: Path, rows: np.ndarray, few_open_shards: int) -> None:
     write_source(tmp_path, rows, ByteTokenizer(), rows_per_shard=1)
     gc.collect()
