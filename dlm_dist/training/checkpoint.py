@@ -1,16 +1,13 @@
-"""checkpoints/step-N: written aside, hashed, published by one rename; loaded only if it verifies.
+"""checkpoints/step-N over all ranks: taken, written aside, published; loaded only if it verifies.
 
 Layout and protocol are specified in docs/checkpoint-format.md. Every rank writes its own shards of masters and
 optimizer states as they lie in memory, so a resume on the same layout puts the same bytes back. Nothing is
-pickled.
+pickled. What concerns the files alone is in checkpoint_files.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,12 +19,38 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from dlm_dist.training import zero_state
+from dlm_dist.training.checkpoint_files import (
+    TRAINER_STATE,
+    CheckpointError,
+    file_sha256,
+    list_checkpoints,
+    load_trainer_state,
+    publish,
+    retain,
+    step_of,
+    verify,
+    write_chunks,
+)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-TRAINER_STATE = "trainer_state.json"
+__all__ = [
+    "CheckpointError",
+    "Snapshot",
+    "file_sha256",
+    "find_resumable",
+    "list_checkpoints",
+    "load_shards",
+    "load_trainer_state",
+    "plan_model_files",
+    "retain",
+    "save",
+    "step_of",
+    "take_snapshot",
+    "verify",
+    "verify_together",
+    "write_safetensors",
+]
+
 MODEL_FILE_BYTES = 2 * 2**30
-_STEP_FOLDER = re.compile(r"step-(\d+)")
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -41,10 +64,6 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or does not fit the run."""
-
-
 @dataclass
 class Snapshot:
     """Host copies of what this rank will write: relative path -> tensors or bytes."""
@@ -52,20 +71,6 @@ class Snapshot:
     step: int
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
-
-
-def step_of(path: Path) -> int | None:
-    """The N of a folder named step-N; None for any other name."""
-    match = _STEP_FOLDER.fullmatch(path.name)
-    return int(match.group(1)) if match else None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints below `folder` (RUN/checkpoints), oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if step_of(path) is not None and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: step_of(path) or 0)
 
 
 # --- taking a snapshot -----------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ def save(snapshot: Snapshot, folder: Path) -> Path:
             shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"checkpoint step-{snapshot.step} could not be written: {'; '.join(problems)}")
     if dist.get_rank() == 0:
-        _publish({name: entry for files, _ in reports for name, entry in files.items()}, staging, final)
+        publish({name: entry for files, _ in reports for name, entry in files.items()}, staging, final)
     dist.barrier()
     return final
 
@@ -189,27 +194,10 @@ def _write_files(snapshot: Snapshot, staging: Path) -> tuple[dict[str, dict[str,
         for name, tensors in snapshot.tensors.items():
             written[name] = write_safetensors(staging / name, tensors)
         for name, content in snapshot.files.items():
-            written[name] = _write_chunks(staging / name, [content])
+            written[name] = write_chunks(staging / name, [content])
     except OSError as error:
         return {}, str(error)
     return written, None
-
-
-def _publish(files: Mapping[str, Mapping[str, Any]], staging: Path, final: Path) -> None:
-    manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
-    _write_chunks(staging / MANIFEST, [json.dumps(manifest, indent=2).encode()])
-    for folder in [*(path for path in staging.rglob("*") if path.is_dir()), staging]:
-        _fsync_folder(folder)
-    if final.exists():
-        # Only a checkpoint that failed to verify is ever written again (a resume starts after the good one).
-        replaced = final.with_name(f".{final.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-        staging.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        staging.rename(final)
-    _fsync_folder(final.parent)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -227,82 +215,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[s
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     payloads = (t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in tensors.values() if t.numel())
-    return _write_chunks(path, [len(text).to_bytes(8, "little"), text], payloads)
+    return write_chunks(path, [len(text).to_bytes(8, "little"), text], payloads)
 
 
-def _write_chunks(path: Path, *parts: Iterable[Any]) -> dict[str, Any]:
-    """Write buffers one after another, fsync -> {size, sha256}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    size = 0
-    with open(path, "wb", buffering=0) as file:
-        for chunks in parts:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B")
-                for start in range(0, len(view), 2**24):
-                    block = view[start : start + 2**24]
-                    digest.update(block)
-                    done = 0
-                    while done < len(block):
-                        done += file.write(block[done:])
-                size += len(view)
-        os.fsync(file.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def retain(folder: Path, keep_last: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints (None: none), and what killed saves left. Rank 0 only.
-
-    The manifest goes first, so that a half-deleted checkpoint can never be taken for a whole one.
-    """
-    for path in list_checkpoints(folder)[:-keep_last] if keep_last is not None else []:
-        (path / MANIFEST).unlink()
-        shutil.rmtree(path)
-    for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-# --- verifying and finding -------------------------------------------------------------------------------------
-
-
-def verify(path: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with a checkpoint: [] if every file has the size and SHA-256 of the manifest.
-
-    `share` = (i, n) checks every n-th file only, starting with the i-th.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{path / MANIFEST} is missing or unreadable ({error})"]
-    if manifest.get("format_version") != FORMAT_VERSION:
-        return [f"{path} has format {manifest.get('format_version')}, this version reads {FORMAT_VERSION}"]
-    problems = []
-    for name, entry in sorted(files.items())[share[0] :: share[1]]:
-        file = path / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            problems.append(f"{name} points outside the checkpoint")
-        elif not file.is_file():
-            problems.append(f"{file} is missing")
-        elif file.stat().st_size != entry["size"]:
-            problems.append(f"{file} has {file.stat().st_size} bytes instead of {entry['size']}")
-        elif file_sha256(file) != entry["sha256"]:
-            problems.append(f"{file} does not have its recorded SHA-256")
-    return problems
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# --- finding -------------------------------------------------------------------------------------------------
 
 
 def verify_together(path: Path) -> list[str]:
@@ -341,11 +257,6 @@ def find_resumable(folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
 
 
 # --- loading ---------------------------------------------------------------------------------------------------
-
-
-def load_trainer_state(path: Path) -> dict[str, Any]:
-    """trainer_state.json of a verified checkpoint."""
-    return json.loads((path / TRAINER_STATE).read_bytes())
 
 
 @torch.no_grad()

@@ -1,0 +1,170 @@
+"""checkpoints/step-N as files: written durably, published by one rename, listed, verified.
+
+Layout and protocol are specified in docs/checkpoint-format.md. Needs neither torch nor other ranks, so that
+`dlm checkpoint` starts at once; what is collective is in checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.json"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_BLOCK_BYTES = 2**24
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or does not fit the run."""
+
+
+# --- finding ---------------------------------------------------------------------------------------------------
+
+
+def step_of(path: Path) -> int | None:
+    """The N of a folder named step-N; None for any other name."""
+    match = _STEP_FOLDER.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Everything below `folder` (RUN/checkpoints) that is named step-N, oldest first, published or not."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if step_of(path) is not None), key=lambda path: step_of(path) or 0)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints below `folder` (RUN/checkpoints), oldest first."""
+    return [path for path in step_folders(folder) if (path / MANIFEST).is_file()]
+
+
+def load_trainer_state(path: Path) -> dict[str, Any]:
+    """trainer_state.json of a verified checkpoint."""
+    state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_bytes())
+    return state
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def write_chunks(path: Path, *parts: Iterable[Any]) -> dict[str, Any]:
+    """Write buffers one after another -> {size, sha256}; durable on return."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    size = 0
+    with open(path, "wb", buffering=0) as file:
+        for chunks in parts:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                for start in range(0, len(view), _BLOCK_BYTES):
+                    block = view[start : start + _BLOCK_BYTES]
+                    digest.update(block)
+                    done = 0
+                    while done < len(block):
+                        done += file.write(block[done:])
+                size += len(view)
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def publish(files: Mapping[str, Mapping[str, Any]], staging: Path, final: Path) -> None:
+    """Write the manifest over `files` {relative path: {size, sha256}} and rename `staging` to `final`."""
+    manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
+    write_chunks(staging / MANIFEST, [json.dumps(manifest, indent=2).encode()])
+    for folder in [*(path for path in staging.rglob("*") if path.is_dir()), staging]:
+        _fsync_folder(folder)
+    if final.exists():
+        # Only a checkpoint that failed to verify is ever written again (a resume starts after the good one).
+        replaced = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        staging.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        staging.rename(final)
+    _fsync_folder(final.parent)
+
+
+def _fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def retain(folder: Path, keep_last: int | None) -> None:
+    """Delete all but the newest `keep_last` checkpoints (None: none), and what killed saves left. Rank 0 only.
+
+    The manifest goes first, so that a half-deleted checkpoint can never be taken for a whole one.
+    """
+    for path in list_checkpoints(folder)[:-keep_last] if keep_last is not None else []:
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path)
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- verifying -------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says it holds: {relative path: {size, sha256}}. Raises CheckpointError."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        version = manifest["format_version"]
+        files = {
+            str(name): {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in manifest["files"].items()
+        }
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST} is missing or unreadable ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format {version}, this version reads {FORMAT_VERSION}")
+    if TRAINER_STATE not in files:
+        raise CheckpointError(f"{path / MANIFEST} is damaged (it does not name {TRAINER_STATE})")
+    return files
+
+
+def verify(path: Path, share: tuple[int, int] = (0, 1), advance: Callable[[int], None] | None = None) -> list[str]:
+    """What is wrong with a checkpoint: [] if every file has the size and SHA-256 of the manifest.
+
+    `share` = (i, n) checks every n-th file only, starting with the i-th. `advance` hears of the bytes read.
+    """
+    try:
+        files = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    for name, entry in sorted(files.items())[share[0] :: share[1]]:
+        file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            problems.append(f"{name} points outside the checkpoint")
+        elif not file.is_file():
+            problems.append(f"{file} is missing")
+        elif file.stat().st_size != entry["size"]:
+            problems.append(f"{file} has {file.stat().st_size} bytes instead of {entry['size']}")
+        elif file_sha256(file, advance) != entry["sha256"]:
+            problems.append(f"{file} does not have its recorded SHA-256")
+    return problems
+
+
+def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's bytes; `advance` hears of the bytes read."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            if advance is not None:
+                advance(len(block))
+    return digest.hexdigest()
