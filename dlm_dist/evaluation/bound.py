@@ -7,22 +7,23 @@ run draws the same times and masks, so two numbers differ by their models alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from data_pipeline.shards import ShardedSource
 from numpy.typing import NDArray
 
 from data_pipeline.rows import Rows
+from data_pipeline.shards import ShardedSource
 from dlm_dist.diffusion.corruption import NoisyBatch
 from dlm_dist.diffusion.model_inputs import model_inputs
 from dlm_dist.diffusion.objectives import MaskedDiffusion, Vocabulary
 
 EVALUATION_SEED = 20_240_607
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -30,29 +31,25 @@ class HeldOutBound:
     """Negative evidence bound on held-out rows."""
 
     nats_per_token: float
-    standard_error: float
-    """Of `nats_per_token`, over rows."""
+    standard_error: float | None
+    """Of `nats_per_token`, over rows; None for a single row."""
     bits_per_byte: float | None
     """None where the data set cannot tell the bytes of its text."""
     rows: int
     draws: int
 
 
-def held_out_batches(
-    source: ShardedSource, num_rows: int, draws: int, batch_size: int, isolate_documents: bool
-) -> Iterator[NoisyBatch]:
-    """Corrupted held-out rows, each row `draws` times; draw d of row i is sample i * draws + d."""
+def held_out_batch(
+    source: ShardedSource, samples: NDArray[np.int64], draws: int, isolate_documents: bool
+) -> NoisyBatch:
+    """The corrupted held-out rows of `samples` [B]; sample i * draws + d is draw d of row i."""
     objective = MaskedDiffusion(
         seed=EVALUATION_SEED,
         vocabulary=Vocabulary(source.mask_id),
         isolate_documents=isolate_documents,
     )
-    total = min(num_rows, source.num_rows) * draws
-    for start in range(0, total, batch_size):
-        samples = np.arange(start, min(total, start + batch_size), dtype=np.int64)
-        tokens, document_ids, text_bytes = source.read(samples // draws)
-        rows = Rows(tokens=tokens, document_ids=document_ids, positions=samples, text_bytes=text_bytes)
-        yield objective.corrupt(rows)
+    tokens, document_ids, text_bytes = source.read(samples // draws)
+    return objective.corrupt(Rows(tokens=tokens, document_ids=document_ids, positions=samples, text_bytes=text_bytes))
 
 
 @torch.no_grad()
@@ -65,8 +62,9 @@ def evaluate_bound(
     draws: int = 1,
     batch_size: int = 8,
     isolate_documents: bool = False,
+    advance: Callable[[int], None] | None = None,
 ) -> HeldOutBound:
-    """Bound of `model` on the first `num_rows` rows of `source`.
+    """Bound of `model` on the first `num_rows` rows of `source`; `advance` hears of samples done by all ranks.
 
     Collective where torch.distributed runs: every rank must call. The rows are cut into the same batches for
     any number of ranks, so the number does not depend on it; ZeRO-3 needs every rank to run as many forwards.
@@ -76,17 +74,22 @@ def evaluate_bound(
     was_training = model.training
     model.eval()
     nats: dict[int, tuple[float, int, int]] = {}
-    batches = list(held_out_batches(source, num_rows, draws, batch_size, isolate_documents))
-    for first in range(0, len(batches), world):
+    total = min(num_rows, source.num_rows) * draws
+    starts = range(0, total, batch_size)
+    for first in range(0, len(starts), world):
         index = first + rank
-        surplus = index >= len(batches)  # run, so that collectives match, and not counted
-        batch = batches[first] if surplus else batches[index]
+        surplus = index >= len(starts)  # run, so that collectives match, and not counted
+        start = starts[first if surplus else index]
+        samples = np.arange(start, min(total, start + batch_size), dtype=np.int64)
+        batch = held_out_batch(source, samples, draws, isolate_documents)
         sums = _nats_per_row(model, batch, device)
         if not surplus:
             for position, value, length, size in zip(
                 batch.positions, sums, batch.lengths, batch.text_bytes, strict=True
             ):
                 nats[int(position)] = (float(value), int(length), int(size))
+        if advance is not None:
+            advance(min(total, (first + world) * batch_size) - first * batch_size)
     model.train(was_training)
     if distributed:
         parts: list[Any] = [None] * world
@@ -101,35 +104,45 @@ def _nats_per_row(model: Any, batch: NoisyBatch, device: torch.device) -> NDArra
     losses = model(**inputs, per_row=True)[1].double().cpu().numpy()
     sample_of = inputs["supervised"].cpu().numpy() // batch.inputs.shape[1]
     weighted = losses * inputs["weights"].double().cpu().numpy()
-    return np.bincount(sample_of, weights=weighted, minlength=len(batch.positions))
+    return np.bincount(sample_of, weights=weighted, minlength=len(batch.positions)).astype(np.float64)
 
 
 def _summary(samples: NDArray[np.float64], draws: int) -> HeldOutBound:
-    """`samples` [rows * draws, 3]: nats, tokens, bytes."""
+    """`samples` [rows * draws, 3]: nats, tokens, bytes. The error is that of a ratio of two sums over rows."""
     by_row = samples.reshape(-1, draws, 3).mean(axis=1)
     nats, tokens, size = by_row.T
-    mean = nats.sum() / tokens.sum()
-    residual = nats - mean * tokens
     count = len(by_row)
-    spread = math.sqrt(float((residual**2).sum()) / max(1, count - 1) * count) / tokens.sum()
+    mean = nats.sum() / tokens.sum()
+    spread = None
+    if count > 1:
+        residual = nats - mean * tokens
+        spread = math.sqrt(count / (count - 1) * float((residual**2).sum())) / float(tokens.sum())
     known = bool((size >= 0).all()) and size.sum() > 0
     return HeldOutBound(
         nats_per_token=float(mean),
-        standard_error=float(spread),
+        standard_error=spread,
         bits_per_byte=float(nats.sum() / math.log(2) / size.sum()) if known else None,
         rows=count,
         draws=draws,
     )
 
 
-def unigram_nats_per_token(
-    train: ShardedSource, held_out: ShardedSource, num_rows: int, vocab_size: int | None = None
-) -> float:
-    """Cross entropy of the first `num_rows` held-out rows under add-one smoothed token counts of all of `train`."""
-    counts = np.ones(vocab_size or train.vocab_size, dtype=np.int64)
-    for start in range(0, train.num_rows, 1024):
-        tokens, _, _ = train.read(np.arange(start, min(train.num_rows, start + 1024)))
-        counts += np.bincount(tokens.reshape(-1), minlength=len(counts))
-    log_probability = np.log(counts / counts.sum())
-    tokens, _, _ = held_out.read(np.arange(min(num_rows, held_out.num_rows)))
-    return float(-log_probability[tokens].mean())
+def unigram_nats_per_token(train: ShardedSource, held_out: ShardedSource, num_rows: int) -> float:
+    """Cross entropy of the first `num_rows` held-out rows under add-one smoothed token counts of all of `train`.
+
+    The smoothing is over the tokenizer's vocabulary, which both must share.
+    """
+    log_probability = np.log(1 + _token_counts(train, train.num_rows)) - np.log(
+        train.vocab_size + train.num_rows * train.sequence_length
+    )
+    counts = _token_counts(held_out, min(num_rows, held_out.num_rows))
+    return float(-(counts * log_probability).sum() / counts.sum())
+
+
+def _token_counts(source: ShardedSource, num_rows: int) -> NDArray[np.int64]:
+    """How often each id occurs in the first `num_rows` rows, [vocab_size]."""
+    counts = np.zeros(source.vocab_size, dtype=np.int64)
+    for start in range(0, num_rows, _ROWS_AT_ONCE):
+        tokens, _, _ = source.read(np.arange(start, min(num_rows, start + _ROWS_AT_ONCE)))
+        counts += np.bincount(tokens.reshape(-1), minlength=source.vocab_size)
+    return counts

@@ -126,9 +126,11 @@ class MetricsLog:
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """One evaluation on held-out rows."""
         self._files["evaluations"].write(record)
+        error = record["standard_error"]
         self.console.line(
-            f"step {record['step']}  held-out bound {record['bound_nats_per_token']:.4f} "
-            f"+- {record['standard_error']:.4f} nats/token"
+            f"step {record['step']}  held-out bound {record['bound_nats_per_token']:.4f}"
+            + (f" +- {error:.4f}" if error is not None else "")
+            + " nats/token"
             + (f"  {record['bits_per_byte']:.4f} bits/byte" if record["bits_per_byte"] is not None else "")
         )
         if self._wandb is not None:
