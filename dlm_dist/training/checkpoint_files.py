@@ -136,18 +136,25 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def verify(path: Path, share: tuple[int, int] = (0, 1), advance: Callable[[int], None] | None = None) -> list[str]:
+def verify(
+    path: Path,
+    share: tuple[int, int] = (0, 1),
+    only: tuple[str, ...] = ("",),
+    advance: Callable[[int], None] | None = None,
+) -> list[str]:
     """What is wrong with a checkpoint: [] if every file has the size and SHA-256 of the manifest.
 
-    `share` = (i, n) checks every n-th file only, starting with the i-th. `advance` hears of the bytes read.
+    `only` files whose path starts with one of these are checked; of them, with `share` = (i, n), every n-th one,
+    starting with the i-th. `advance` hears of the bytes read.
     """
     try:
         files = read_manifest(path)
     except CheckpointError as error:
         return [str(error)]
     problems = []
-    for name, entry in sorted(files.items())[share[0] :: share[1]]:
-        file = path / name
+    chosen = sorted(name for name in files if name.startswith(only))
+    for name in chosen[share[0] :: share[1]]:
+        file, entry = path / name, files[name]
         if Path(name).is_absolute() or ".." in Path(name).parts:
             problems.append(f"{name} points outside the checkpoint")
         elif not file.is_file():

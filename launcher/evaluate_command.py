@@ -1,0 +1,233 @@
+"""`dlm evaluate`: the bound of a checkpoint on held-out rows.
+
+One process, or several that a launcher started (`torchrun --nproc_per_node 2 -m launcher.cli evaluate ...`): the
+rows are dealt out to the ranks and the number is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from data_pipeline.shards import ShardedSource
+
+
+def add_evaluate_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `dlm evaluate`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="bound of a checkpoint on held-out rows",
+        description="Estimate the bound on the negative log-likelihood of held-out rows. Times and masks are the "
+        "same for every model, so two numbers differ by their models alone. Runs as one process, or on several "
+        "ranks: torchrun --nproc_per_node N -m launcher.cli evaluate ...",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step-N, or a model folder")
+    add("--data", type=Path, required=True, metavar="DIR", help="a data set; its validation/ where it has one")
+    add("--rows", type=_positive, metavar="N", help="only the first N rows (default: all)")
+    add("--draws", type=_positive, default=1, metavar="N", help="times and masks drawn per row (default: 1)")
+    add("--batch-size", type=_positive, default=8, metavar="N", help="rows per forward pass (default: 8)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): CUDA if there is one")
+    add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the network (default: as stored)")
+    add("--unigram-from", type=Path, metavar="DIR", help="also a unigram model of this data set (its train/)")
+    add(
+        "--isolate-documents",
+        action=argparse.BooleanOptionalAction,
+        help="whether tokens see only their own document within a row (default: as the checkpoint was trained)",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run_evaluate)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Print the bound. Returns 0; raises ValueError for the user's mistakes. Collective where RANK is set."""
+    source = _open(arguments.data, "validation")
+    train = _open(arguments.unigram_from, "train") if arguments.unigram_from is not None else None
+    _require_whole(arguments.checkpoint)
+    compared = _require_same_tokens(arguments.checkpoint, source)
+    if train is not None and train.index.tokenizer["fingerprint"] != source.index.tokenizer["fingerprint"]:
+        raise ValueError(f"{train.folder} and {source.folder} were built with different tokenizers")
+
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from data_pipeline.progress import progress
+    from dlm_dist import models
+    from dlm_dist.evaluation.bound import evaluate_bound, unigram_nats_per_token
+
+    with _joined(arguments.device) as (device, rank, world):
+        if rank or not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
+        dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
+        model: Any = models.load(arguments.checkpoint, dtype)
+        _require_vocabulary(model.config, source, arguments.checkpoint)
+        if not compared and rank == 0:
+            print(
+                f"note: {arguments.checkpoint} has no tokenizer/, only ids were compared with the data", file=sys.stderr
+            )
+        model.to(device)
+        rows = min(arguments.rows or source.num_rows, source.num_rows)
+        isolate = arguments.isolate_documents
+        if isolate is None:
+            isolate = _trained_isolated(arguments.checkpoint)
+        with progress("evaluate", rows * arguments.draws, "rows") if rank == 0 else nullcontext() as advance:
+            bound = evaluate_bound(
+                model,
+                source,
+                device,
+                num_rows=rows,
+                draws=arguments.draws,
+                batch_size=arguments.batch_size,
+                isolate_documents=isolate,
+                advance=advance,
+            )
+    if rank:
+        return 0
+    report = {
+        "checkpoint": str(arguments.checkpoint),
+        "data": str(source.folder),
+        "bound_nats_per_token": bound.nats_per_token,
+        "standard_error": bound.standard_error,
+        "bits_per_byte": bound.bits_per_byte,
+        "unigram_nats_per_token": unigram_nats_per_token(train, source, rows) if train is not None else None,
+        "rows": bound.rows,
+        "sequence_length": source.sequence_length,
+        "draws": bound.draws,
+        "isolate_documents": isolate,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device.type,
+        "world_size": world,
+    }
+    print(json.dumps(report) if arguments.json else _told(report, train))
+    return 0
+
+
+def _told(report: dict[str, Any], train: ShardedSource | None) -> str:
+    bound, error, unigram = (
+        report[name] for name in ("bound_nats_per_token", "standard_error", "unigram_nats_per_token")
+    )
+    lines = [
+        f"{report['checkpoint']} on {report['rows']} rows of {report['sequence_length']} tokens of {report['data']}, "
+        f"{report['draws']} {'draw' if report['draws'] == 1 else 'draws'} each, {report['dtype']}",
+        f"  bound          {bound:.4f}" + (f" +- {error:.4f}" if error is not None else "") + " nats per token",
+    ]
+    if report["bits_per_byte"] is not None:
+        lines.append(f"  bound          {report['bits_per_byte']:.4f} bits per byte")
+    if train is not None:
+        lines.append(
+            f"  unigram        {unigram:.4f} nats per token (add-one counts of {train.folder}); "
+            f"the bound is {abs(unigram - bound):.4f} {'below' if bound < unigram else 'above'}"
+        )
+    return "\n".join(lines)
+
+
+# --- data and checkpoint belong together -----------------------------------------------------------------------
+
+
+def _open(path: Path, split: str) -> ShardedSource:
+    """The source at `path`, or its `split` where it holds several."""
+    from data_pipeline.shards import ShardedSource, source_folders
+
+    folders = source_folders(path)
+    return ShardedSource.open(path / split if path / split in folders else path)
+
+
+def _require_whole(checkpoint: Path) -> None:
+    """Raise ValueError if what is read of a published checkpoint is not what was written."""
+    from dlm_dist.training.checkpoint_files import MANIFEST, TRAINER_STATE, verify
+
+    if (checkpoint / MANIFEST).is_file() and (checkpoint / TRAINER_STATE).is_file():
+        problems = verify(checkpoint, only=("model/", "tokenizer/", TRAINER_STATE))
+        if problems:
+            raise ValueError(f"{checkpoint} is damaged: {problems[0]}")
+
+
+def _require_same_tokens(checkpoint: Path, source: ShardedSource) -> bool:
+    """Raise ValueError if the rows are of another tokenizer than the checkpoint's tokenizer/ folder.
+
+    False where there is no such folder, as with weights from elsewhere.
+    """
+    from data_pipeline.tokenizers import Tokenizer
+
+    folder = next((f for f in (checkpoint / "tokenizer", checkpoint.parent / "tokenizer") if f.is_dir()), None)
+    if folder is None:
+        return False
+    ours = Tokenizer.load(folder)
+    theirs = source.index.tokenizer
+    if ours.mask_id != source.mask_id:
+        raise ValueError(f"{source.folder} has mask id {source.mask_id}, the tokenizer of {checkpoint} {ours.mask_id}")
+    if ours.fingerprint != theirs["fingerprint"]:
+        raise ValueError(
+            f"{source.folder} was built with another tokenizer ({theirs['name']}) than {checkpoint} was trained with "
+            f"({ours.name}): build the data with --tokenizer {folder}"
+        )
+    return True
+
+
+def _require_vocabulary(config: Any, source: ShardedSource, checkpoint: Path) -> None:
+    """Raise ValueError if the rows hold ids that the model does not know, or hide tokens under another id."""
+    if config.mask_token_id != source.mask_id:
+        raise ValueError(
+            f"{source.folder} has mask id {source.mask_id}, the model of {checkpoint} {config.mask_token_id}"
+        )
+    needed = max(source.vocab_size, source.mask_id + 1)
+    if config.vocab_size < needed:
+        raise ValueError(
+            f"{source.folder} holds ids up to {needed - 1}, but the vocabulary of {checkpoint} ends at "
+            f"{config.vocab_size - 1}: evaluate on data of the model's own tokenizer"
+        )
+
+
+def _trained_isolated(checkpoint: Path) -> bool:
+    """data.isolate_documents of the run that wrote the checkpoint; False where nothing says so."""
+    from dlm_dist.training.checkpoint_files import TRAINER_STATE, load_trainer_state
+
+    for folder in (checkpoint, checkpoint.parent):
+        if (folder / TRAINER_STATE).is_file():
+            return bool(load_trainer_state(folder).get("identity", {}).get("data.isolate_documents", False))
+    return False
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _joined(wanted: str) -> Iterator[tuple[torch.device, int, int]]:
+    """(device, rank, ranks) in the process group of the launcher; a world of one where none set RANK."""
+    import torch
+    import torch.distributed as dist
+
+    from dlm_dist.training.distributed import threads_per_rank
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch sees no CUDA device: use --device cpu")
+    kind = "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        yield torch.device(kind), 0, 1
+        return
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_per_rank())
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield device, dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
