@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -69,14 +75,14 @@ def _configure(config_class: type[PreTrainedConfig], sizes: dict[str, Any]) -> P
         raise ValueError(str(error)) from error
 
 
-def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None) -> PreTrainedModel:
     """The model saved at `path`, on the CPU, in eval mode, in `dtype` (None: as stored).
 
     `path` is a checkpoint (`RUN/checkpoints/step-N`, whose `model/` is read), a `model/` folder, or any folder that
-    `save_pretrained` wrote for one of our backbones. Raises ValueError when there is no such model or it is
-    incomplete.
+    `save_pretrained` wrote for one of our backbones; with `revision` (a commit, tag or branch) it is the id of such a
+    model on the Hugging Face hub. Raises ValueError when there is no such model or it is incomplete.
     """
-    folder = _model_folder(Path(path))
+    folder = _model_folder(Path(path) if revision is None else _download(str(path), revision))
     config_class, model_class = _classes(folder)
     config = config_class.from_pretrained(folder)
     loader: Any = model_class  # from_pretrained's annotation knows no loading info
@@ -113,9 +119,16 @@ def _classes(folder: Path) -> tuple[type[PreTrainedConfig], type[PreTrainedModel
     return by_type[model_type]
 
 
+def _download(hub_id: str, revision: str) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"The model {hub_id!r} at revision {revision!r} cannot be fetched: {error}") from error
+
+
 def _model_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise ValueError(f"No model at {path}: there is no such folder.")
+        raise ValueError(f"No model at {path}: there is no such folder (an id on the hub needs a revision).")
     for folder in (path / "model", path):
         if (folder / "config.json").is_file():
             if not any(folder.glob("*.safetensors")):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, Qwen3Config
 
@@ -106,6 +107,26 @@ def test_a_checkpoint_of_several_files_loads(tmp_path: Path) -> None:
     (tmp_path / next(iter(files.values()))).unlink()
     with pytest.raises(ValueError, match="cannot be read"):
         load(tmp_path)
+
+
+def test_a_revision_makes_it_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _build("qwen3")
+    model.save_pretrained(tmp_path)
+    asked: list[tuple[str, str]] = []
+
+    def fetch(hub_id: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, revision))
+        if hub_id == "someone/else":
+            raise LocalEntryNotFoundError("no connection")
+        return str(tmp_path)
+
+    monkeypatch.setattr("dlm_dist.models.snapshot_download", fetch)
+    assert torch.equal(load("some/model", revision="v1").lm_head.weight, model.lm_head.weight)
+    assert asked == [("some/model", "v1")]
+    with pytest.raises(ValueError, match="'someone/else' at revision 'v1' cannot be fetched: no connection"):
+        load("someone/else", revision="v1")
+    with pytest.raises(ValueError, match="an id on the hub needs a revision"):
+        load("some/model")
 
 
 def test_build_names_mistakes() -> None:
