@@ -11,6 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+USER_ERROR = 2
+INTERRUPTED = 130
+# What gloo says to a rank whose neighbour is gone.
+_LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; deepspeed adds --local_rank."""
@@ -33,11 +38,14 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     try:
         _run(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("DLM_DEBUG") == "1" or not _is_for_the_user(error):
+        sentence = _for_the_user(error)
+        if os.environ.get("DLM_DEBUG") == "1" or sentence is None:
             raise
-        _tell(str(error))
-        return 2
+        _tell(sentence)
+        return USER_ERROR
     return 0
 
 
@@ -61,14 +69,20 @@ def _run(options: argparse.Namespace) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _is_for_the_user(error: Exception) -> bool:
-    """A mistake that the user can mend, said in a sentence; anything else deserves its traceback."""
+def _for_the_user(error: ValueError | OSError | RuntimeError) -> str | None:
+    """The sentence about what the user can mend; None for anything else, which deserves its traceback."""
     from data_pipeline.errors import DataError
     from dlm_dist.config import ConfigError
-    from dlm_dist.training.checkpoint import CheckpointError
-    from dlm_dist.training.loop import TrainingStoppedError
+    from dlm_dist.training.checkpoint_files import CheckpointError
+    from dlm_dist.training.errors import TrainingStoppedError
 
-    return isinstance(error, (ConfigError, DataError, CheckpointError, TrainingStoppedError, OSError))
+    if isinstance(error, OSError):
+        return str(error) if error.filename is None else f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, (ConfigError, DataError, CheckpointError, TrainingStoppedError)):
+        return str(error)
+    if any(sign in str(error) for sign in _LOST_CONTACT):
+        return "lost contact with another rank, which has ended: its own message says why"
+    return None
 
 
 def _tell(sentence: str) -> None:

@@ -20,7 +20,8 @@ def start_distributed(device: str) -> torch.device:
     """Join the process group and choose this rank's device. Collective: every rank must call.
 
     Must run before anything imports deepspeed: it reads DS_ACCELERATOR at import. `device` is auto, cpu, cuda or mps.
-    Without a launcher this is a world of one.
+    Without a launcher this is a world of one. Raises ConfigError where there is no such device, or the ranks do not
+    find each other.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,10 +46,18 @@ def start_distributed(device: str) -> torch.device:
     if device == "cpu":
         _leave_out_shared_memory_op()
     _quiet_libraries()
+    backend = "nccl" if device == "cuda" else "gloo"
     if "MASTER_PORT" in os.environ:
-        deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)
+        try:
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            advice = (
+                "if another run uses the port, choose another (deepspeed --master_port N, torchrun --master-port N)"
+            )
+            raise ConfigError([f"{error}: {advice}"], f"the ranks cannot meet at {place}") from error
     else:
-        _join_world_of_one("nccl" if device == "cuda" else "gloo")
+        _join_world_of_one(backend)
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
 
 

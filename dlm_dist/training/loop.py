@@ -15,12 +15,9 @@ from dlm_dist.config import BatchPlan, RunConfig
 from dlm_dist.diffusion.model_inputs import model_inputs
 from dlm_dist.training.batches import RankStep, StepTotals, gather_totals
 from dlm_dist.training.engine import gradient_norm, set_learning_rate
+from dlm_dist.training.errors import TrainingStoppedError
 from dlm_dist.training.lr_schedules import lr_factor
 from dlm_dist.training.metrics import MetricsLog, Stopwatch
-
-
-class TrainingStoppedError(RuntimeError):
-    """The run cannot go on by itself; the message says why and what to do."""
 
 
 @dataclass

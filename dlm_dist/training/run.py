@@ -193,13 +193,16 @@ def _sample_stream(config: RunConfig, sources: list[ShardedSource], resumed: Res
 def _build_model(config: RunConfig, source: ShardedSource, resumed: Resume | None) -> tuple[Any, dict[str, Any] | None]:
     """The model in fp32, and the report of model.init_from if it was used."""
     report = None
-    if resumed is not None:
-        model = models.load(resumed.path, dtype=torch.float32)
-    else:
-        sizes = config.model.sizes()
-        model = models.build(config.model.backbone, seed=config.run.seed, mask_token_id=source.mask_id, **sizes)
-        if config.model.init_from is not None:
-            report = initialize_from(model, config.model.init_from)
+    try:
+        if resumed is not None:
+            model = models.load(resumed.path, dtype=torch.float32)
+        else:
+            sizes = config.model.sizes()
+            model = models.build(config.model.backbone, seed=config.run.seed, mask_token_id=source.mask_id, **sizes)
+            if config.model.init_from is not None:
+                report = initialize_from(model, config.model.init_from)
+    except ValueError as error:
+        raise ConfigError([str(error)], "cannot make the model") from error
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, report
