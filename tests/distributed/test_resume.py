@@ -1,0 +1,142 @@
+"""A run that is killed and resumed is the run that was never stopped: to the bit, over every kind of engine.
+
+Real processes, the real launcher, SIGKILL. The quick cases run in `make test`, all of them in `make test-resume`.
+"""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.distributed import runs
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
+
+MATRIX = [
+    (stage, optimizer, backbone)
+    for stage in range(4)
+    for optimizer in ("adamw", "adamw8bit", "lion8bit")
+    for backbone in ("rwkv7", "qwen3")
+]
+QUICK = {(0, "adamw", "rwkv7"), (1, "lion8bit", "qwen3"), (2, "adamw8bit", "rwkv7"), (3, "adamw8bit", "qwen3")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.build_data(tmp_path_factory.mktemp("data"))
+
+
+def kill_twice_and_compare(settings, folder, ranks):
+    """One run to the end, one killed between checkpoints 4 and 8 and again behind 8; every step must agree."""
+    reference, killed = folder / "reference", folder / "killed"
+    runs.train(settings(reference), ranks)
+    assert runs.last_step(reference) == 12
+    assert runs.train_and_kill(settings(killed), killed, at_step=6, ranks=ranks) < 12
+    assert runs.train_and_kill(settings(killed), killed, at_step=10, ranks=ranks, resume="auto") < 12
+    output = runs.train(settings(killed), ranks, resume="auto")
+    assert "resuming from" in output
+    runs.assert_same_steps(killed, reference)
+    # 8 samples a step over the rows of the data set: the runs crossed the border between two epochs.
+    assert runs.metrics(reference)[-1]["data_pos"] == 96
+
+
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "backbone"),
+    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in MATRIX],
+)
+def test_resume_is_exact(stage, optimizer, backbone, data, tmp_path):
+    def settings(run):
+        changes = {"zero__stage": stage, "optimizer__name": optimizer, "model__direction": "bidirectional"}
+        return runs.overrides(data, run, backbone, **changes)
+
+    kill_twice_and_compare(settings, tmp_path, ranks=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit"])
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("backbone", ["rwkv7", "qwen3"])
+def test_resume_is_exact_on_cuda(stage, optimizer, backbone, data, tmp_path):
+    def settings(run):
+        changes = {"zero__stage": stage, "optimizer__name": optimizer, "model__direction": "bidirectional"}
+        return runs.overrides(data, run, backbone, train__device="cuda", train__deterministic=True, **changes)
+
+    kill_twice_and_compare(settings, tmp_path, ranks=min(2, torch.cuda.device_count()))
+
+
+def test_rows_and_noise_do_not_depend_on_the_topology(data, tmp_path):
+    cuts = {
+        "one": (1, {"train__gradient_accumulation_steps": 1, "data__loader_threads": 1}),
+        "two": (2, {"train__gradient_accumulation_steps": 4, "data__loader_threads": 3}),
+        "four": (4, {"train__gradient_accumulation_steps": 2, "data__read_ahead_steps": 1}),
+    }
+    recorded = {}
+    for name, (ranks, changes) in cuts.items():
+        run = tmp_path / name
+        runs.train(runs.overrides(data, run, train__max_steps=8, train__precision="fp32", **changes), ranks)
+        recorded[name] = runs.metrics(run)
+    for name in ("two", "four"):
+        for key in ("step", "rows_sha256", "noise_sha256", "data_pos", "lr"):
+            assert [r[key] for r in recorded[name]] == [r[key] for r in recorded["one"]]
+        # Nothing but the order of summation differs.
+        for key in ("loss", "grad_norm"):
+            assert recorded[name][0][key] == pytest.approx(recorded["one"][0][key], rel=1e-5)
+            assert recorded[name][-1][key] == pytest.approx(recorded["one"][-1][key], rel=1e-3)
+    assert len({record["noise_sha256"] for record in recorded["one"]}) == 8
+
+
+def test_a_skipped_range_is_left_out_and_remembered(data, tmp_path):
+    plain, skipping = tmp_path / "plain", tmp_path / "skipping"
+    runs.train(runs.overrides(data, plain, train__max_steps=6, checkpoint__every=2), ranks=1)
+    runs.train(runs.overrides(data, skipping, train__max_steps=6, data__skip="[[16,32]]"), ranks=1)
+    hashes = [record["rows_sha256"] for record in runs.metrics(plain)]
+    # Steps 3 and 4 of the plain run hold positions 16-31.
+    assert [record["rows_sha256"] for record in runs.metrics(skipping)][:4] == hashes[:2] + hashes[4:6]
+    late = runs.attempt(runs.overrides(data, plain, train__max_steps=8, data__skip="[[16,32]]"), 1, resume="auto")
+    assert late.returncode != 0
+    assert "data.skip names positions from 16" in late.stdout
+    runs.train(runs.overrides(data, plain, train__max_steps=8, data__skip="[[48,56]]"), ranks=1, resume="auto")
+    assert [record["rows_sha256"] for record in runs.metrics(plain)][:6] == hashes
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_by_name(data, tmp_path):
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    runs.train(runs.overrides(data, reference), ranks=1)
+    shutil.copytree(reference, run)
+    (run / "checkpoints" / "step-12" / "model" / "model.safetensors").unlink()
+    output = runs.train(runs.overrides(data, run), ranks=1, resume="auto")
+    assert "passed over" in output
+    assert "model.safetensors is missing" in output
+    runs.assert_same_steps(run, reference)
+    named = runs.attempt(runs.overrides(data, run), ranks=1, resume=str(run / "checkpoints" / "step-99"))
+    assert named.returncode != 0
+    assert "cannot resume from" in named.stdout
+    assert "Traceback" not in named.stdout
+
+
+def test_a_changed_run_is_refused(data, tmp_path):
+    run = tmp_path / "run"
+    runs.train(runs.overrides(data, run, train__max_steps=3, checkpoint__every=3), ranks=1)
+    for change, said in (
+        ({"train__global_batch_size": 16}, "train.global_batch_size is 16"),
+        ({"run__seed": 4}, "run.seed is 4"),
+        ({"objective__masking": "bernoulli"}, "objective.masking is 'bernoulli'"),
+        ({"zero__stage": 3}, "another layout"),
+    ):
+        refused = runs.attempt(runs.overrides(data, run, train__max_steps=4, **change), ranks=1, resume="auto")
+        assert refused.returncode != 0
+        assert said in refused.stdout
+    again = runs.attempt(runs.overrides(data, run, train__max_steps=4), ranks=1)
+    assert again.returncode != 0
+    assert "already holds a run" in again.stdout
+
+
+def test_a_run_that_is_not_finite_stops_and_says_where(data, tmp_path):
+    run = tmp_path / "run"
+    settings = runs.overrides(data, run, optimizer__lr=1e30, optimizer__warmup_steps=0, train__max_consecutive_skips=3)
+    ended = runs.attempt(settings, ranks=1)
+    assert ended.returncode != 0
+    assert "3 steps in a row had a loss or gradient that is not finite" in ended.stdout
+    assert "Traceback" not in ended.stdout
+    assert [record["skipped"] for record in runs.metrics(run)][-3:] == [True] * 3
