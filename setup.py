@@ -26,14 +26,14 @@ INSTALL_REQUIRES = [
     "numpy>=2.0",
     "tqdm>=4.60",
     "zstandard>=0.22",
-    # DeepSpeed compiles its shared-memory reduction for CPU at the first use, with ninja and g++.
-    "ninja>=1.11",
+    "packaging>=23",
 ]
 
 TEST_REQUIRES = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
+    "psutil>=5.9",
     "ruff>=0.12",
     "mypy>=1.15",
 ]

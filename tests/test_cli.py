@@ -115,11 +115,27 @@ def test_a_reader_that_leaves_is_no_traceback():
 
 def test_doctor_tries_and_reports(monkeypatch, capsys):
     monkeypatch.setattr(info_commands, "_import", lambda name: "1.0")
+    monkeypatch.setattr(info_commands, "_compiler", lambda: "13.0")
     assert info_commands.run_doctor(argparse.Namespace()) == 0
     output = capsys.readouterr().out
     assert "everything a run needs works" in output
     assert "AdamW8bit took a step with 8-bit states" in output
-    assert "compiles with OpenMP and Python.h" in output
+    assert re.search(r"C compiler +ok +13.0", output)
+
+
+def test_doctor_compiles_as_triton_does(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\necho "probe.c:1:10: fatal error: Python.h: No such file" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(RuntimeError, match=r"Python\.h: No such file"):
+        info_commands._compiler()
+    compiler.write_text("#!/bin/sh\necho gcc 13\n")
+    assert info_commands._compiler() == "gcc 13, compiles with Python.h"
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(RuntimeError, match="neither clang nor gcc"):
+        info_commands._compiler()
 
 
 def test_doctor_fails_where_something_needed_is_missing(monkeypatch, capsys):
