@@ -1,6 +1,7 @@
 """Pretrain a masked-diffusion language model: `deepspeed launcher/pretrain.py --config FILE [key.sub=value ...]`.
 
-One process per device, started by `deepspeed`, `torchrun` or `srun`; without a launcher it runs as one process.
+One process per device, started by `deepspeed`, `torchrun` or `srun`; without a launcher it runs as one process. On a
+machine without a GPU say how many: `deepspeed --num_gpus 2 launcher/pretrain.py --config FILE` starts two on the CPU.
 """
 
 from __future__ import annotations
