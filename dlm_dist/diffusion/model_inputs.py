@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,8 +11,8 @@ from numpy.typing import NDArray
 from dlm_dist.diffusion.corruption import NoisyBatch
 
 
-def model_inputs(batch: NoisyBatch, device: torch.device) -> dict[str, torch.Tensor]:
-    """The keyword arguments of a model's training forward, on `device`.
+def host_inputs(batch: NoisyBatch, pin: bool) -> dict[str, torch.Tensor]:
+    """The keyword arguments of a model's training forward, on the host; `pin` for a copy to CUDA that does not wait.
 
     Only the scored rows are named, so that the head runs on them alone and nothing has to ask the device how
     many there are.
@@ -25,6 +27,14 @@ def model_inputs(batch: NoisyBatch, device: torch.device) -> dict[str, torch.Ten
     if batch.document_ids is not None:
         arrays["document_ids"] = batch.document_ids
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    if device.type == "cuda":
-        return {name: t.pin_memory().to(device, non_blocking=True) for name, t in tensors.items()}
-    return {name: t.to(device) for name, t in tensors.items()}
+    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
+
+
+def on_device(inputs: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """`inputs` on `device`; pinned tensors are copied while the host goes on."""
+    return {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in inputs.items()}
+
+
+def model_inputs(batch: NoisyBatch, device: torch.device) -> dict[str, torch.Tensor]:
+    """The keyword arguments of a model's training forward, on `device`."""
+    return on_device(host_inputs(batch, pin=device.type == "cuda"), device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +13,21 @@ from numpy.typing import NDArray
 
 from dlm_dist.config import BatchPlan
 from dlm_dist.diffusion.corruption import NoisyBatch
+from dlm_dist.diffusion.model_inputs import host_inputs
 from dlm_dist.diffusion.objectives import Objective, RowsLike
 
 _DIGEST_BYTES = 32
+_UNKNOWN = -(2**50)  # stays below 0 whatever the other ranks add
 
 
 @dataclass(frozen=True)
 class RankStep:
-    """This rank's micro-batches of one optimizer step, with a digest of each row and of each row's noise."""
+    """This rank's part of one optimizer step, ready for the model, with what all ranks must know of it."""
 
-    micro_batches: list[NoisyBatch]
+    micro_batches: list[dict[str, torch.Tensor]]
+    """Keyword arguments of the model's training forward, on the host; pinned where the device is CUDA."""
+    counts: NDArray[np.int64]
+    """[3] tokens that the rows account for, tokens that enter the loss, bytes of text (far below 0: unknown)."""
     digests: NDArray[np.uint8]
     """[2, rows of this rank, 32] SHA-256 of each row's tokens, and of its mask, time and length."""
 
@@ -48,17 +53,35 @@ def prepare_step(
     plan: BatchPlan,
     rank: int,
     world_size: int,
+    pin: bool = False,
 ) -> RankStep:
     """Read and corrupt this rank's part of the step that holds `positions` [global batch].
 
-    Each rank takes a contiguous part, cut into micro-batches. Runs in the read-ahead threads.
+    Each rank takes a contiguous part, cut into micro-batches. Runs in the read-ahead threads, so that the loop is
+    left with nothing but the copy to the device; `pin` for CUDA.
     """
     mine = np.array_split(positions, world_size)[rank]
-    micro_batches = [
+    batches = [
         objective.corrupt(read(mine[start : start + plan.micro_batch_size]))
         for start in range(0, len(mine), plan.micro_batch_size)
     ]
-    return RankStep(micro_batches, np.concatenate([_digests(batch) for batch in micro_batches], axis=1))
+    return RankStep(
+        micro_batches=[host_inputs(batch, pin) for batch in batches],
+        counts=_counts(batches),
+        digests=np.concatenate([_digests(batch) for batch in batches], axis=1),
+    )
+
+
+def _counts(batches: Sequence[NoisyBatch]) -> NDArray[np.int64]:
+    known = all((batch.text_bytes >= 0).all() for batch in batches)
+    return np.array(
+        [
+            sum(batch.denominator for batch in batches),
+            sum(int(batch.masks.sum()) for batch in batches),
+            sum(int(batch.text_bytes.sum()) for batch in batches) if known else _UNKNOWN,
+        ],
+        dtype="<i8",
+    )
 
 
 def _digests(batch: NoisyBatch) -> NDArray[np.uint8]:
@@ -77,21 +100,12 @@ def gather_totals(step: RankStep, group: dist.ProcessGroup | None) -> StepTotals
 
     The hashes run over the rows in the order of their positions, so they are the same for every topology.
     """
-    known = all((batch.text_bytes >= 0).all() for batch in step.micro_batches)
-    numbers = np.array(
-        [
-            sum(batch.denominator for batch in step.micro_batches),
-            sum(int(batch.masks.sum()) for batch in step.micro_batches),
-            sum(int(batch.text_bytes.sum()) for batch in step.micro_batches) if known else -(2**50),
-        ],
-        dtype="<i8",
-    )
-    mine = torch.from_numpy(np.concatenate([numbers.view(np.uint8), step.digests.reshape(-1)]))
+    mine = torch.from_numpy(np.concatenate([step.counts.view(np.uint8), step.digests.reshape(-1)]))
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
     raw = np.stack([part.numpy() for part in parts])
-    sums = np.ascontiguousarray(raw[:, : numbers.nbytes]).view("<i8").sum(axis=0)
-    digests = raw[:, numbers.nbytes :].reshape(len(parts), 2, -1)
+    sums = np.ascontiguousarray(raw[:, : step.counts.nbytes]).view("<i8").sum(axis=0)
+    digests = raw[:, step.counts.nbytes :].reshape(len(parts), 2, -1)
     return StepTotals(
         denominator=int(sums[0]),
         supervised=int(sums[1]),

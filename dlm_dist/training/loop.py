@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead
 from dlm_dist.config import BatchPlan, RunConfig
-from dlm_dist.diffusion.model_inputs import model_inputs
+from dlm_dist.diffusion.model_inputs import on_device
 from dlm_dist.training.batches import RankStep, StepTotals, gather_totals
 from dlm_dist.training.engine import gradient_norm, set_learning_rate
 from dlm_dist.training.errors import TrainingStoppedError
@@ -62,20 +62,9 @@ class Trainer:
         Raises TrainingStoppedError after train.max_consecutive_skips skipped steps in a row.
         """
         settings, every = self.config.train, self.config.checkpoint.every
-        self.engine.train()
-        self.read_ahead.seek(progress.data_pos)
+        self.seek(progress)
         while progress.step < self.max_steps:
-            started = time.perf_counter()
-            with Stopwatch() as waited:
-                batch = self.read_ahead.next()
-            totals = gather_totals(batch, self.host_group)
-            lr = self._learning_rate(progress.step)
-            set_learning_rate(self.engine, lr)
-            loss = self._train_step(batch, totals.denominator)
-            self._advance(progress)
-            if self.log is not None:
-                seconds = time.perf_counter() - started
-                self.log.step(self._record(progress, totals, loss, lr, seconds, waited.seconds))
+            self.step(progress)
             if progress.skips_in_a_row >= settings.max_consecutive_skips:
                 raise TrainingStoppedError(
                     f"{progress.skips_in_a_row} steps in a row had a loss or gradient that is not finite, the last "
@@ -89,6 +78,25 @@ class Trainer:
                 self.sample(progress.step)
             if last or _due(every, progress.step):
                 self.save(progress)
+
+    def seek(self, progress: Progress) -> None:
+        """Make `progress` the place from which the steps go on."""
+        self.engine.train()
+        self.read_ahead.seek(progress.data_pos)
+
+    def step(self, progress: Progress) -> None:
+        """One optimizer step, recorded; moves `progress`. Collective: every rank must call."""
+        started = time.perf_counter()
+        with Stopwatch() as waited:
+            batch = self.read_ahead.next()
+        totals = gather_totals(batch, self.host_group)
+        lr = self._learning_rate(progress.step)
+        set_learning_rate(self.engine, lr)
+        loss = self._train_step(batch, totals.denominator)
+        self._advance(progress)
+        if self.log is not None:
+            seconds = time.perf_counter() - started
+            self.log.step(self._record(progress, totals, loss, lr, seconds, waited.seconds))
 
     def _learning_rate(self, step: int) -> float:
         settings = self.config.optimizer
@@ -105,7 +113,7 @@ class Trainer:
         scale = dist.get_world_size() / denominator
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for micro_batch in batch.micro_batches:
-            loss_sum = self.engine(**model_inputs(micro_batch, self.device))
+            loss_sum = self.engine(**on_device(micro_batch, self.device))
             self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
             self.engine.step()
             total += loss_sum.detach()

@@ -98,9 +98,9 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         random_length_prob=config.data.random_length_prob,
         isolate_documents=config.data.isolate_documents,
     )
-    size = config.train.global_batch_size
+    size, pin = config.train.global_batch_size, device.type == "cuda"
     read_ahead = ReadAhead(
-        lambda pos: prepare_step(stream.read, objective, stream.positions(pos, size), plan, rank, world),
+        lambda pos: prepare_step(stream.read, objective, stream.positions(pos, size), plan, rank, world, pin),
         size,
         config.data.read_ahead_steps,
         config.data.loader_threads,
@@ -366,7 +366,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of this code, "+changes" if the tree is not clean; None outside a git checkout."""
     here = Path(__file__).parent
 
@@ -404,7 +404,7 @@ def _record_start(
         {
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": list(command),
-            "commit": _git_commit(),
+            "commit": git_commit(),
             "versions": versions(),
             "host": platform.node(),
             "resumed_from": str(resumed.path) if resumed is not None else None,
