@@ -18,7 +18,7 @@ help:
 	@echo 'make install      make $(VENV) and install this project and its tests into it'
 	@echo 'make demo         the main job on real text, on this machine (a few minutes)'
 	@echo 'make test         all tests that need no GPU'
-	@echo 'make test-resume  the whole resume matrix (long)'
+	@echo 'make test-resume  the whole resume matrix and the other long tests of several ranks (about half an hour)'
 	@echo 'make test-gpu     the tests that need a CUDA device'
 	@echo 'make check        ruff, ruff format and mypy'
 	@echo 'make clean        remove $(VENV) and caches; runs stay'
@@ -44,7 +44,7 @@ test: install
 	$(RUN) python -m pytest -m 'not gpu and not slow' $(PYTEST_ARGS)
 
 test-resume: install
-	$(RUN) python -m pytest -m 'not gpu' tests/distributed/test_resume.py $(PYTEST_ARGS)
+	$(RUN) python -m pytest -m 'not gpu' tests/distributed $(PYTEST_ARGS)
 
 test-gpu: install
 	$(RUN) python -m pytest -m gpu $(PYTEST_ARGS)

@@ -5,8 +5,9 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     # The oldest release whose Triton the flash-linear-attention kernels support.
     "torch>=2.7",
+    # From 0.19.8: before it, ZeRO-3 on CPU did not wait for all of its gathers (DeepSpeed #8381).
     # Below 0.20: dlm_dist/training/zero_state.py knows where each ZeRO wrapper of this series keeps its shards.
-    "deepspeed>=0.19,<0.20",
+    "deepspeed>=0.19.8,<0.20",
     "flash-linear-attention>=0.6",
     # Below 6: the models subclass PreTrainedModel, and flash-linear-attention 0.6 asks for the same series.
     "transformers>=5.6,<6",
@@ -27,13 +28,14 @@ INSTALL_REQUIRES = [
     "tqdm>=4.60",
     "zstandard>=0.22",
     "packaging>=23",
+    # The demo kills a whole family of processes.
+    "psutil>=5.9",
 ]
 
 TEST_REQUIRES = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
-    "psutil>=5.9",
     "ruff>=0.12",
     "mypy>=1.15",
 ]

@@ -56,6 +56,7 @@ _BACKBONE_KEYS: dict[str, tuple[str, ...]] = {
         "a_low_rank_dim",
         "v_low_rank_dim",
         "gate_low_rank_dim",
+        "direction_gate_init",
     ),
     "qwen3": (
         "intermediate_size",
@@ -73,8 +74,11 @@ class ModelSection(Section):
     backbone: Literal["rwkv7", "qwen3"] = Field(description="kind of network")
     init_from: str | None = Field(
         default=None,
-        description="directory or hub id of weights to start from, with a report of matched, skipped and "
-        "resized keys; null = fresh initial values from run.seed",
+        description="directory of weights to start from, or hub id with init_revision, with a report of matched, "
+        "skipped and resized keys; null = fresh initial values from run.seed",
+    )
+    init_revision: str | None = Field(
+        default=None, description="commit or tag of the hub id in init_from; null = init_from is a directory"
     )
     vocab_size: Positive | None = Field(
         default=None, description="rows of the embedding (token ids); null = that of the training data"
@@ -86,6 +90,11 @@ class ModelSection(Section):
     )
     tie_directions: bool = Field(
         default=False, description="rwkv7, bidirectional: one set of weights for both scan directions"
+    )
+    direction_gate_init: float | None = Field(
+        default=None,
+        description="rwkv7, bidirectional: initial bias of the gate between the scans; null = 0, both weigh alike; "
+        "4 = 98 % forward, for a start from causal weights",
     )
     gradient_checkpointing: bool = Field(
         default=False,
@@ -140,6 +149,8 @@ class ModelSection(Section):
                         value,
                         f"a key of {backbone} only, and model.backbone is {self.backbone}: remove it",
                     )
+        if self.init_revision is not None and self.init_from is None:
+            yield about("model.init_revision", self.init_revision, "expected null, since model.init_from is not given")
         yield from self._rwkv7() if self.backbone == "rwkv7" else self._qwen3()
 
     def _rwkv7(self) -> Iterator[Mistake]:
@@ -148,6 +159,12 @@ class ModelSection(Section):
                 "model.hidden_size",
                 self.hidden_size,
                 f"expected a multiple of model.head_size = {self.head_size}",
+            )
+        if self.direction_gate_init is not None and self.direction == "causal":
+            yield about(
+                "model.direction_gate_init",
+                self.direction_gate_init,
+                "expected null, since model.direction is causal: there is one scan and no gate",
             )
         if self.tie_directions and self.direction == "causal":
             yield about("model.tie_directions", True, "expected false, since model.direction is causal: one scan only")
@@ -217,7 +234,7 @@ class DataSection(Section):
         default=(), description="ranges of sample positions to leave out, each [first, one past the last]"
     )
     max_samples: Positive | None = Field(
-        default=None, description="rows of the training data to use per epoch (samples); null = all"
+        default=None, description="use only the first rows of each training source, this many (samples); null = all"
     )
     read_ahead_steps: Positive = Field(default=4, description="optimizer steps of rows held ready (steps)")
     loader_threads: Positive = Field(default=2, description="threads that read and corrupt rows, per rank")
@@ -289,6 +306,8 @@ class TrainSection(Section):
                 "train.micro_batch_size",
                 "train.micro_batch_size is missing: give it or train.gradient_accumulation_steps",
             )
+        if self.sample_prompt and self.sample_every is None:
+            yield about("train.sample_prompt", self.sample_prompt, "expected to be empty, or give train.sample_every")
         if self.global_batch_size % ((micro or 1) * (accumulation or 1)):
             factors = " * ".join(
                 f"train.{name} ({value})"
@@ -376,6 +395,7 @@ _OWNED_BY_US = {
     "communication_data_type": "train.precision",
     "zero_allow_untested_optimizer": "optimizer.name",
     "zero_optimization.stage": "zero.stage",
+    "zero_optimization.compute_grad_norm": "train.gradient_clipping",
 }
 
 

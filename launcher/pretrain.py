@@ -65,7 +65,6 @@ def _run(options: argparse.Namespace) -> None:
 
     from dlm_dist.training.run import train
 
-    torch.use_deterministic_algorithms(config.train.deterministic)
     train(config, device, options.resume, [Path(sys.executable).name, *sys.argv])
     torch.distributed.destroy_process_group()
 

@@ -254,7 +254,13 @@ def test_round_trip_and_update(write):
 )
 def test_every_value_survives_the_round_trip(lr, seed, prompt, weight):
     base = load_config(None, _as_overrides(yaml.safe_load(RWKV7)))
-    values = {"optimizer.lr": lr, "run.seed": seed, "train.sample_prompt": prompt, "data.train.0.weight": weight}
+    values = {
+        "optimizer.lr": lr,
+        "run.seed": seed,
+        "train.sample_every": 5,
+        "train.sample_prompt": prompt,
+        "data.train.0.weight": weight,
+    }
     config = updated(base, values)
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
     assert load_config(None, _as_overrides(yaml.safe_load(to_yaml(config)))) == config

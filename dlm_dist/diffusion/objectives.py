@@ -51,8 +51,11 @@ class Vocabulary:
 class Objective(Protocol):
     """An objective's name, whether its loss is a bound on the negative log-likelihood, and its corruption."""
 
-    name: str
-    is_bound: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_bound(self) -> bool: ...
 
     def corrupt(self, rows: RowsLike) -> NoisyBatch:
         """Corrupt a batch of clean rows; a pure function of the rows and their positions."""

@@ -216,7 +216,7 @@ class _Operands:
         r, log_w, k, v, a, b = (layout.split(x).to(dtype) for x in inputs)
         # In fp64, because an fp32 sum near -39 is only good to 2e-6, and that would be the relative error of e^G.
         # (Apple's MPS has no fp64.)
-        inclusive = log_w.cumsum(-2, dtype=dtype if log_w.device.type == "mps" else torch.float64)
+        inclusive = _cumsum(log_w.to(dtype if log_w.device.type == "mps" else torch.float64))
         self.grow = inclusive.exp().to(dtype)  # e^G
         self.shrink = inclusive.neg_().exp_().to(dtype)  # e^{-G}
         self.grow_before = F.pad(self.grow[..., :-1, :], (0, 0, 1, 0), value=1.0)  # e^E
@@ -374,9 +374,16 @@ def _backward(
     )
 
 
+def _cumsum(x: Tensor) -> Tensor:
+    """y_j = sum over i <= j of x_i, along dimension -2; on CUDA as a product, since its cumsum is not deterministic."""
+    return (
+        torch.ones(x.shape[-2], x.shape[-2], dtype=x.dtype, device=x.device).tril() @ x if x.is_cuda else x.cumsum(-2)
+    )
+
+
 def _reverse_cumsum(x: Tensor) -> Tensor:
     """y_j = sum over i >= j of x_i, along dimension -2."""
-    return x.flip(-2).cumsum(-2).flip(-2)
+    return _cumsum(x.flip(-2)).flip(-2)
 
 
 def _chain(layout: _Layout, transfer: Tensor, added: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,7 +129,8 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         visible = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device)
         positions = None
         if document_ids is not None:
-            same = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids[:, None, :] >= 0)
+            # The cut tail, -1, sees itself: some kernels make NaN of a row that sees nothing.
+            same = document_ids[:, :, None] == document_ids[:, None, :]
             positions = index - same.to(torch.uint8).argmax(dim=-1)
             visible = same[:, None]
         if self.direction == "causal":

@@ -10,8 +10,8 @@ _ROWS_ARE_TOKENS = ("embedding", "head")
 
 
 @torch.no_grad()
-def initialize_from(model: Any, source: str) -> dict[str, list[str]]:
-    """Copy what fits from the model at `source` (a checkpoint, a model folder or a hub id) into `model`.
+def initialize_from(model: Any, source: str, revision: str | None = None) -> dict[str, list[str]]:
+    """Copy what fits from the model at `source` (a checkpoint, a model folder, a hub id with `revision`) into `model`.
 
     A parameter of the same name and shape is copied ("matched"); an embedding or head with another number of
     rows is copied as far as both reach ("resized"); anything else keeps its fresh values ("skipped", or "unused"
@@ -20,7 +20,7 @@ def initialize_from(model: Any, source: str) -> dict[str, list[str]]:
     from dlm_dist import models
 
     # Copies of the parameters under every name: a tied head appears once in `model`, maybe twice in the source.
-    given = models.load(source, dtype=torch.float32).state_dict()
+    given = models.load(source, dtype=torch.float32, revision=revision).state_dict()
     roles = model.parameter_roles()
     report: dict[str, list[str]] = {"matched": [], "resized": [], "skipped": [], "unused": []}
     own = dict(model.named_parameters())

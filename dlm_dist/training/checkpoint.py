@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from dlm_dist.training.checkpoint_files import (
     TRAINER_STATE,
     CheckpointError,
     file_sha256,
+    fsync_folder_and_parents,
     list_checkpoints,
     load_trainer_state,
     publish,
+    read_manifest,
     retain,
     step_of,
     verify,
@@ -40,6 +42,7 @@ __all__ = [
     "list_checkpoints",
     "load_shards",
     "load_trainer_state",
+    "on_rank_0",
     "plan_model_files",
     "retain",
     "save",
@@ -101,14 +104,12 @@ def _add_shards(snapshot: Snapshot, engine: Any, rank: int, world: int) -> None:
         if shard.replicated and number % world != rank:
             continue
         tensors[f"{shard.key}/master"] = _to_host(shard.flat)
-        numbers = {}
-        for name, value in zero_state.optimizer_state(engine, shard).items():
-            if torch.is_tensor(value):
-                tensors[f"{shard.key}/{name}"] = _to_host(value)
-            else:
-                numbers[name] = value
+        state = zero_state.optimizer_state(engine, shard)
+        numbers = {name: value for name, value in state.items() if not torch.is_tensor(value)}
+        names = [name for name in state if name not in numbers]
+        tensors |= {f"{shard.key}/{name}": _to_host(state[name]) for name in names}
         pieces = [[p.name, p.start, p.offset, p.numel] for p in shard.pieces]
-        index.append({"key": shard.key, "pieces": pieces, "numbers": numbers})
+        index.append({"key": shard.key, "pieces": pieces, "tensors": names, "numbers": numbers})
     snapshot.tensors[f"tensors/rank-{rank:05d}.safetensors"] = tensors
     snapshot.files[f"tensors/rank-{rank:05d}.json"] = json.dumps(index).encode()
 
@@ -128,6 +129,8 @@ def _add_model(snapshot: Snapshot, engine: Any, rank: int, world: int) -> None:
             if writer[file] == rank:
                 snapshot.tensors.setdefault(f"model/{file}", {})[name] = _to_host(parameter.detach())
     if rank == 0:
+        # A resumed model was loaded in fp32 and cast by the engine: its config must say what the file holds.
+        model.config.dtype = parameters[0][1].dtype
         snapshot.files["model/config.json"] = model.config.to_json_string(use_diff=False).encode()
         if len(plan) > 1:
             total = sum(_full_bytes(p) for _, p in parameters)
@@ -169,10 +172,8 @@ def save(snapshot: Snapshot, folder: Path) -> Path:
     """
     final = folder / f"step-{snapshot.step}"
     staging = folder / f".step-{snapshot.step}.writing"
-    if dist.get_rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
+    what = f"checkpoint step-{snapshot.step} could not be written"
+    on_rank_0(lambda: _make_staging(staging), what)
     written, problem = _write_files(snapshot, staging)
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, (written, problem))
@@ -180,11 +181,29 @@ def save(snapshot: Snapshot, folder: Path) -> Path:
     if problems:
         if dist.get_rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"checkpoint step-{snapshot.step} could not be written: {'; '.join(problems)}")
-    if dist.get_rank() == 0:
-        publish({name: entry for files, _ in reports for name, entry in files.items()}, staging, final)
-    dist.barrier()
+        raise CheckpointError(f"{what}: {'; '.join(problems)}")
+    files = {name: entry for part, _ in reports for name, entry in part.items()}
+    on_rank_0(lambda: publish(files, staging, final), what)
     return final
+
+
+def _make_staging(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    fsync_folder_and_parents(staging.parent, levels=2)
+
+
+def on_rank_0(action: Callable[[], None], what: str) -> None:
+    """Run `action` on rank 0; if it fails with an OSError, CheckpointError "`what`: why" on every rank. Collective."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = [f"{what}: {error}"]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise CheckpointError(problem[0])
 
 
 def _write_files(snapshot: Snapshot, staging: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
@@ -267,9 +286,10 @@ def load_shards(engine: Any, path: Path) -> None:
     (world size, ZeRO stage, precision, parameter roles) is another one.
     """
     entries: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for index_file in sorted((path / "tensors").glob("rank-*.json")):
-        for entry in json.loads(index_file.read_bytes()):
-            entries[entry["key"]] = (index_file.with_suffix(".safetensors"), entry)
+    for name in read_manifest(path):
+        if name.startswith("tensors/") and name.endswith(".json"):
+            for entry in json.loads((path / name).read_bytes()):
+                entries[entry["key"]] = ((path / name).with_suffix(".safetensors"), entry)
     mine = zero_state.shards(engine)
     for shard in mine:
         saved = entries.get(shard.key)
@@ -282,12 +302,8 @@ def load_shards(engine: Any, path: Path) -> None:
     for shard in mine:
         file, entry = entries[shard.key]
         with safe_open(file, framework="pt") as tensors:
-            prefix = f"{shard.key}/"
-            state: dict[str, Any] = dict(entry["numbers"])
-            for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                if name == f"{prefix}master":
-                    shard.flat.copy_(tensors.get_tensor(name))
-                elif name.startswith(prefix):
-                    state[name.removeprefix(prefix)] = tensors.get_tensor(name)
+            shard.flat.copy_(tensors.get_tensor(f"{shard.key}/master"))
+            state = {name: tensors.get_tensor(f"{shard.key}/{name}") for name in entry["tensors"]}
+        state |= entry["numbers"]
         if state:
             zero_state.set_optimizer_state(engine, shard, state)

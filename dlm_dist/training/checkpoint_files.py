@@ -81,20 +81,12 @@ def publish(files: Mapping[str, Mapping[str, Any]], staging: Path, final: Path) 
     manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
     write_chunks(staging / MANIFEST, [json.dumps(manifest, indent=2).encode()])
     for folder in [*(path for path in staging.rglob("*") if path.is_dir()), staging]:
-        _fsync_folder(folder)
-    if final.exists():
-        # Only a checkpoint that failed to verify is ever written again (a resume starts after the good one).
-        replaced = final.with_name(f".{final.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-        staging.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        staging.rename(final)
-    _fsync_folder(final.parent)
+        fsync_folder(folder)
+    staging.rename(final)
+    fsync_folder(final.parent)
 
 
-def _fsync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,15 +94,46 @@ def _fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_folder_and_parents(folder: Path, levels: int) -> None:
+    """Make a new folder's own entry durable, and those of `levels` folders above it."""
+    for path in [folder, *folder.parents][: levels + 1]:
+        fsync_folder(path)
+
+
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Rename every step-N with N > `after` to set-aside-N, so that the run can go on from `after` -> new paths.
+
+    These belong to a branch that a resume has left, or did not verify. They are never resumed from by "auto",
+    overwritten or deleted; a person may remove them. Rank 0 only.
+    """
+    moved = []
+    for path in step_folders(folder):
+        step = step_of(path)
+        if step is not None and step > after:
+            target = path.with_name(f"set-aside-{step}")
+            number = 1
+            while target.exists():
+                number += 1
+                target = path.with_name(f"set-aside-{step}.{number}")
+            path.rename(target)
+            moved.append(target)
+    if moved:
+        fsync_folder(folder)
+    return moved
+
+
 def retain(folder: Path, keep_last: int | None) -> None:
     """Delete all but the newest `keep_last` checkpoints (None: none), and what killed saves left. Rank 0 only.
 
-    The manifest goes first, so that a half-deleted checkpoint can never be taken for a whole one.
+    The newest ones are those just written: `set_aside` has moved away whatever lay ahead of the resumed step. The
+    manifest goes first, so that a half-deleted checkpoint can never be taken for a whole one.
     """
     for path in list_checkpoints(folder)[:-keep_last] if keep_last is not None else []:
         (path / MANIFEST).unlink()
+        fsync_folder(path)
         shutil.rmtree(path)
-    for path in folder.glob(".step-*"):
+    unfinished = [path for path in step_folders(folder) if not (path / MANIFEST).is_file()]
+    for path in [*folder.glob(".step-*"), *unfinished]:
         shutil.rmtree(path, ignore_errors=True)
 
 

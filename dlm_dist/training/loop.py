@@ -63,6 +63,8 @@ class Trainer:
         """
         settings, every = self.config.train, self.config.checkpoint.every
         self.seek(progress)
+        if self.evaluate is not None and progress.step == 0:
+            self.evaluate(0)
         while progress.step < self.max_steps:
             self.step(progress)
             if progress.skips_in_a_row >= settings.max_consecutive_skips:
@@ -72,12 +74,13 @@ class Trainer:
                     "leave these positions out with data.skip"
                 )
             last = progress.step == self.max_steps
+            # Saved first: nothing that goes wrong while evaluating costs the steps before it.
+            if last or _due(every, progress.step):
+                self.save(progress)
             if self.evaluate is not None and (last or _due(settings.eval_every, progress.step)):
                 self.evaluate(progress.step)
             if self.sample is not None and _due(settings.sample_every, progress.step):
                 self.sample(progress.step)
-            if last or _due(every, progress.step):
-                self.save(progress)
 
     def seek(self, progress: Progress) -> None:
         """Make `progress` the place from which the steps go on."""
@@ -111,13 +114,14 @@ class Trainer:
         gradient is then exactly that of the global sum over the global denominator.
         """
         scale = dist.get_world_size() / denominator
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        total = torch.zeros((), device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
         for micro_batch in batch.micro_batches:
             loss_sum = self.engine(**on_device(micro_batch, self.device))
             self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
             self.engine.step()
             total += loss_sum.detach()
-        dist.all_reduce(total)
+        total = total.cpu()
+        dist.all_reduce(total, group=self.host_group)
         return total.item() / denominator
 
     def _advance(self, progress: Progress) -> None:

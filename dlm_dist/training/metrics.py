@@ -25,7 +25,8 @@ class JsonLines:
         """Keep the lines up to `step`; later ones, of a run that was cut short, move to NAME.replaced.jsonl."""
         if not self.path.exists():
             return
-        kept, replaced = [], []
+        kept: list[bytes] = []
+        replaced: list[bytes] = []
         for line in self.path.read_bytes().split(b"\n"):
             try:
                 record = json.loads(line)
@@ -144,11 +145,11 @@ class MetricsLog:
         self._files["samples"].write({"step": step, "text": text})
         self.console.line(f"step {step}  sample: {text!r}")
 
-    def close(self) -> None:
-        """Flush and end the wandb run."""
+    def close(self, finished: bool) -> None:
+        """End the bar and the wandb run; a run that is not `finished` is marked as failed there."""
         self.console.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if finished else 1)
 
 
 class Stopwatch:

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,25 +108,35 @@ def attempt(
     )
 
 
-def train_and_kill(
+@contextmanager
+def started(
     arguments: Sequence[str], run: Path, at_step: int, ranks: int = 2, resume: str | None = None, timeout: float = 300
-) -> int:
-    """Start a run and SIGKILL all of its processes once metrics.jsonl reaches `at_step` -> last step it recorded."""
+) -> Iterator[None]:
+    """A run that is under way: entered once metrics.jsonl reaches `at_step`, killed with SIGKILL at the end."""
     log = run.with_suffix(".killed.log")
     with open(log, "w") as output:
         process = subprocess.Popen(
             command(arguments, ranks, resume), env=environment(ranks), stdout=output, stderr=subprocess.STDOUT
         )
-    deadline = time.monotonic() + timeout
-    while last_step(run) < at_step:
-        assert process.poll() is None, f"ended before step {at_step}: {log.read_text()[-6000:]}"
-        assert time.monotonic() < deadline, f"no step {at_step} in {timeout} s: {log.read_text()[-6000:]}"
-        time.sleep(0.01)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family, timeout=30)
-    process.wait()
+    try:
+        deadline = time.monotonic() + timeout
+        while last_step(run) < at_step:
+            assert process.poll() is None, f"ended before step {at_step}: {log.read_text()[-6000:]}"
+            assert time.monotonic() < deadline, f"no step {at_step} in {timeout} s: {log.read_text()[-6000:]}"
+            time.sleep(0.01)
+        yield
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family, timeout=30)
+        process.wait()
+
+
+def train_and_kill(arguments: Sequence[str], run: Path, at_step: int, ranks: int = 2, resume: str | None = None) -> int:
+    """Start a run and SIGKILL all of its processes once metrics.jsonl reaches `at_step` -> last step it recorded."""
+    with started(arguments, run, at_step, ranks, resume):
+        pass
     return last_step(run)
 
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from dlm_dist.training.checkpoint_files import load_trainer_state
 from tests.distributed import runs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -36,8 +37,10 @@ def kill_twice_and_compare(settings, folder, ranks):
     output = runs.train(settings(killed), ranks, resume="auto")
     assert "resuming from" in output
     runs.assert_same_steps(killed, reference)
-    # 8 samples a step over the rows of the data set: the runs crossed the border between two epochs.
-    assert runs.metrics(reference)[-1]["data_pos"] == 96
+    # The killed runs crossed a border between two epochs before, between and behind the kills.
+    state = load_trainer_state(reference / "checkpoints" / "step-12")
+    assert state["data_pos"] == 96
+    assert state["epoch"] >= 2
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,51 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_name(data, tmp_path):
     assert named.returncode != 0
     assert "cannot resume from" in named.stdout
     assert "Traceback" not in named.stdout
+
+
+def test_a_rollback_leaves_the_other_branch_for_good(data, tmp_path):
+    run = tmp_path / "run"
+    settings = runs.overrides(data, run, checkpoint__every=3, checkpoint__keep_last=2)
+    runs.train(settings, ranks=1)
+    folder = run / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-12", "step-9"]
+    rolled = runs.overrides(data, run, checkpoint__every=1, checkpoint__keep_last=2, train__max_steps=11)
+    output = runs.train(rolled, ranks=1, resume="checkpoints/step-9")
+    assert "set aside as" in output
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["set-aside-12", "step-10", "step-11"]
+    assert "resuming from" in runs.train(runs.overrides(data, run), ranks=1, resume="auto")
+    steps = [record["step"] for record in runs.metrics(run)]
+    assert steps == list(range(1, 13))
+
+
+def test_what_the_end_of_a_run_needs_is_checked_at_its_start(data, tmp_path):
+    for change, said in (
+        ({"data__validation": tmp_path / "nowhere"}, "does not exist"),
+        ({"train__max_steps": None, "train__max_epochs": 0.01}, "that is 0 steps"),
+    ):
+        refused = runs.attempt(runs.overrides(data, tmp_path / "run", **change), ranks=1)
+        assert refused.returncode != 0
+        assert said in refused.stdout
+        assert "Traceback" not in refused.stdout
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_one_folder_one_run(data, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    settings = runs.overrides(data, first, train__max_steps=2000, checkpoint__every=None)
+    with runs.started(settings, first, at_step=2, ranks=1):
+        refused = runs.attempt(settings, ranks=1, resume="auto")
+        assert refused.returncode != 0
+        assert "is in use by process" in refused.stdout
+    runs.train(runs.overrides(data, second, train__max_steps=4), ranks=1)
+    other = runs.attempt(
+        runs.overrides(data, first, train__max_steps=2000, checkpoint__every=None),
+        ranks=1,
+        resume=str(second / "checkpoints" / "step-4"),
+    )
+    assert other.returncode != 0
+    assert "belongs to another run" in other.stdout
 
 
 def test_a_changed_run_is_refused(data, tmp_path):

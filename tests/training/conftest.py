@@ -49,9 +49,7 @@ def tiny_engine(*changes: str, model=None):
     from dlm_dist.training.engine import build_engine
 
     config = tiny_config(*changes)
-    engine, table = build_engine(
-        model if model is not None else tiny_model(), config, resolve_batch(config.train, 1)
-    )
+    engine, table = build_engine(model if model is not None else tiny_model(), config, resolve_batch(config.train, 1))
     engine.train()
     return engine, table
 

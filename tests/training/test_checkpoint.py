@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from dlm_dist import models
-from dlm_dist.training import checkpoint, zero_state
+from dlm_dist.training import checkpoint, checkpoint_files, zero_state
 from dlm_dist.training.checkpoint import CheckpointError
 from tests.training.conftest import run_steps, tiny_engine
 
@@ -169,6 +169,35 @@ def test_retention_keeps_the_newest_and_sweeps_what_kills_left(saved, tmp_path):
     checkpoint.retain(folder, 2)
     assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-4", "step-10"]
     assert sorted(path.name for path in folder.iterdir()) == ["step-10", "step-4"]
+
+
+def test_setting_aside_keeps_what_it_moves_and_never_overwrites(saved, tmp_path):
+    import shutil
+
+    folder = tmp_path / "checkpoints"
+    for _ in range(2):
+        for step in (2, 4, 10):
+            if not (folder / f"step-{step}").exists():
+                shutil.copytree(saved, folder / f"step-{step}")
+        (folder / "step-10" / "manifest.json").unlink()
+        moved = checkpoint_files.set_aside(folder, after=2)
+        assert len(moved) == 2
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "set-aside-10",
+        "set-aside-10.2",
+        "set-aside-4",
+        "set-aside-4.2",
+        "step-2",
+    ]
+    checkpoint.retain(folder, 1)
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_the_config_says_what_the_file_holds_after_a_resume_too(saved, tmp_path):
+    engine, _ = tiny_engine("optimizer.name=adamw8bit", model=models.load(saved, dtype=torch.float32))
+    checkpoint.load_shards(engine, saved)
+    again = save(engine, tmp_path)
+    assert models.load(again).dtype == models.load(saved).dtype == torch.bfloat16
 
 
 def test_a_full_disk_is_reported_and_harms_nothing(tmp_path, monkeypatch):

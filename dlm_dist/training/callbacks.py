@@ -1,0 +1,126 @@
+"""What happens between steps: evaluation, a text sample, a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data_pipeline.loader import SampleStream
+from data_pipeline.shards import ShardedSource
+from data_pipeline.tokenizer_base import Tokenizer
+from dlm_dist.config import ConfigError, RunConfig
+from dlm_dist.evaluation.bound import evaluate_bound
+from dlm_dist.generation.samplers import generate
+from dlm_dist.training import checkpoint
+from dlm_dist.training.loop import Progress
+from dlm_dist.training.metrics import MetricsLog
+from dlm_dist.training.records import versions
+from dlm_dist.training.resume import topology
+
+SAMPLE_TOKENS = 64
+"""Length of the texts of train.sample_every."""
+
+
+@dataclass(frozen=True)
+class SideInputs:
+    """What evaluation and samples need, opened and checked before the first step."""
+
+    tokenizer: Tokenizer
+    validation: ShardedSource | None
+    prompt: list[int]
+
+    @classmethod
+    def open(cls, config: RunConfig, train: ShardedSource) -> SideInputs:
+        """Raises ConfigError or DataError where data.validation or train.sample_prompt cannot be used."""
+        tokenizer = train.load_tokenizer()
+        validation = None
+        if config.data.validation is not None:
+            validation = ShardedSource.open(config.data.validation)
+            theirs, ours = validation.index.tokenizer, train.index.tokenizer
+            if theirs["fingerprint"] != ours["fingerprint"]:
+                raise ConfigError(
+                    [
+                        f"data.validation {config.data.validation} was built with the tokenizer {theirs['name']}, the "
+                        f"training data with {ours['name']}: build both with the same one"
+                    ]
+                )
+        prompt = config.train.sample_prompt if config.train.sample_every is not None else ""
+        return cls(tokenizer, validation, tokenizer.encode(prompt).tolist())
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Every method is collective: every rank must call. `log` is None on ranks other than 0."""
+
+    config: RunConfig
+    engine: Any
+    device: torch.device
+    source: ShardedSource
+    side: SideInputs
+    stream: SampleStream
+    identity: dict[str, Any]
+    log: MetricsLog | None
+
+    def evaluate(self, step: int) -> None:
+        """Bound on the held-out rows."""
+        settings = self.config.train
+        assert self.side.validation is not None
+        bound = evaluate_bound(
+            self.engine.module,
+            self.side.validation,
+            self.device,
+            num_rows=settings.eval_rows,
+            draws=settings.eval_draws,
+            isolate_documents=self.config.data.isolate_documents,
+        )
+        if self.log is not None:
+            self.log.evaluation(
+                {
+                    "step": step,
+                    "bound_nats_per_token": bound.nats_per_token,
+                    "standard_error": bound.standard_error,
+                    "bits_per_byte": bound.bits_per_byte,
+                    "rows": bound.rows,
+                    "draws": bound.draws,
+                }
+            )
+
+    def sample(self, step: int) -> None:
+        """A text that continues train.sample_prompt; every rank runs it, since ZeRO-3 gathers weights."""
+        model = self.engine.module
+        model.eval()
+        ids = generate(model, self.side.prompt, SAMPLE_TOKENS, steps=SAMPLE_TOKENS // 2, seed=step)
+        model.train()
+        if self.log is not None:
+            self.log.sample(step, self.side.tokenizer.decode(ids.tolist()))
+
+    def save(self, progress: Progress) -> None:
+        """A checkpoint, then retention."""
+        folder, keep_last = self.config.run.dir / "checkpoints", self.config.checkpoint.keep_last
+        files = {path.name: path.read_bytes() for path in sorted((self.source.folder / "tokenizer").iterdir())}
+        snapshot = checkpoint.take_snapshot(self.engine, progress.step, self._trainer_state(progress), files)
+        path = checkpoint.save(snapshot, folder)
+        checkpoint.on_rank_0(lambda: checkpoint.retain(folder, keep_last), "old checkpoints could not be removed")
+        if self.log is not None:
+            self.log.console.line(f"step {progress.step}  saved {path}")
+
+    def _trainer_state(self, progress: Progress) -> dict[str, Any]:
+        size = self.config.train.global_batch_size
+        return {
+            "epoch": progress.data_pos // self.stream.epoch_length,
+            "epoch_batch": progress.data_pos % self.stream.epoch_length // size,
+            "global_step": progress.step,
+            "data_pos": progress.data_pos,
+            "skipped_steps": progress.skipped_steps,
+            "skips_in_a_row": progress.skips_in_a_row,
+            "skipped_ranges": [list(pair) for pair in self.stream.skip.ranges],
+            "seed": self.config.run.seed,
+            "fingerprints": [source.fingerprint for source in self.stream.sources],
+            "topology": topology(self.config),
+            "optimizer": self.config.optimizer.name,
+            "identity": self.identity,
+            "versions": versions(),
+            "wandb_id": self.log.wandb_id if self.log is not None else None,
+        }

@@ -1,0 +1,167 @@
+"""Which run a start belongs to: where to resume from, what may not have changed, and who owns the folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.order import SkipList
+from data_pipeline.shards import ShardedSource
+from dlm_dist.config import ConfigError, RunConfig
+from dlm_dist.training import checkpoint, checkpoint_files
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A verified checkpoint to go on from."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def lock_run_dir(run_dir: Path) -> IO[str] | None:
+    """Make this process the only one that trains in `run_dir`; the lock lasts as long as the returned file is open.
+
+    The kernel gives the lock back when the process ends, however it ends. Collective; only rank 0 gets a file.
+    Raises ConfigError on every rank where another process holds it.
+    """
+    holder: IO[str] | None = None
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        holder = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holder.truncate(0)
+            holder.write(f"process {os.getpid()} on {os.uname().nodename}")
+            holder.flush()
+        except BlockingIOError:
+            holder.seek(0)
+            problem = [f"run.dir {run_dir} is in use by {holder.read()}: stop that run, or choose another folder"]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise ConfigError([problem[0]])
+    return holder
+
+
+def find_resume(run_dir: Path, wanted: str | None) -> tuple[Resume | None, list[str]]:
+    """The checkpoint to go on from, and notes on what was passed over. Collective.
+
+    `wanted`: None for a fresh run, refused where `run_dir` already holds one; "auto"; or a checkpoint of this very
+    run: its path, or the path within `run_dir`. A checkpoint of another run is taken only into an empty `run_dir`.
+    """
+    folder = run_dir / "checkpoints"
+    used = bool(checkpoint_files.list_checkpoints(folder)) or (run_dir / "metrics.jsonl").exists()
+    if wanted is None:
+        if used:
+            raise ConfigError([f"run.dir {run_dir} already holds a run: add --resume auto, or choose another folder"])
+        return None, []
+    if wanted != "auto" and not Path(wanted).exists() and (run_dir / wanted).exists():
+        wanted = str(run_dir / wanted)
+    path, passed_over = checkpoint.find_resumable(folder, wanted)
+    if path is None:
+        return None, []
+    if used and path.resolve().parent != folder.resolve():
+        raise ConfigError(
+            [
+                f"{path} belongs to another run than run.dir {run_dir}, which is not empty: resume in its own folder, "
+                "or start from its weights with model.init_from in a new one"
+            ]
+        )
+    notes = [f"passed over: {problem}" for problem in passed_over]
+    return Resume(path, checkpoint.load_trainer_state(path)), notes
+
+
+def leave_other_branches(run_dir: Path, resumed: Resume | None) -> list[str]:
+    """Set aside the checkpoints ahead of the resumed one, so that the run can write its own -> notes. Collective."""
+    notes: list[Any] = [[]]
+
+    def set_aside() -> None:
+        if resumed is not None:
+            moved = checkpoint_files.set_aside(run_dir / "checkpoints", resumed.state["global_step"])
+            notes[0] = [f"checkpoint ahead of {resumed.path.name} set aside as {path}" for path in moved]
+
+    checkpoint.on_rank_0(set_aside, f"cannot resume in {run_dir}")
+    dist.broadcast_object_list(notes, src=0)
+    found: list[str] = notes[0]
+    return found
+
+
+def run_identity(config: RunConfig, sources: Sequence[ShardedSource]) -> dict[str, Any]:
+    """What must not change within a run: change any of it and the same steps would mean other training."""
+    tree = config.model_dump(mode="json")
+    start_only = ("init_from", "init_revision", "gradient_checkpointing")
+    model = {key: value for key, value in tree["model"].items() if key not in start_only}
+    data = {key: tree["data"][key] for key in ("random_length_prob", "isolate_documents", "max_samples")}
+    return {
+        "run.seed": config.run.seed,
+        **{f"model.{key}": value for key, value in model.items()},
+        **{f"objective.{key}": value for key, value in tree["objective"].items()},
+        **{f"data.{key}": value for key, value in data.items()},
+        "data.train": [
+            [source.fingerprint, entry.weight] for source, entry in zip(sources, config.data.train, strict=True)
+        ],
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.precision": config.train.precision,
+        "optimizer.name": config.optimizer.name,
+    }
+
+
+def require_same(resumed: Resume, identity: Mapping[str, Any]) -> None:
+    """Raises ConfigError that names every key in which the run differs from the checkpoint."""
+    saved = resumed.state["identity"]
+    differences = [
+        f"{key} is {identity.get(key)!r}, the checkpoint was trained with {saved.get(key)!r}"
+        for key in sorted({*identity, *saved})
+        if identity.get(key) != saved.get(key)
+    ]
+    if differences:
+        raise ConfigError(
+            [f"{difference}: set it back, or start a new run" for difference in differences],
+            f"cannot resume from {resumed.path}",
+        )
+
+
+def inexact_notes(resumed: Resume, topology: Mapping[str, Any]) -> list[str]:
+    """Why the resumed run may differ in the last bits from the uninterrupted one, if it may."""
+    saved = resumed.state["topology"]["torch_threads"]
+    here = topology["torch_threads"]
+    if saved == here:
+        return []
+    return [f"{here} torch threads per rank, the checkpoint was written with {saved}: sums may differ in the last bits"]
+
+
+def topology(config: RunConfig) -> dict[str, Any]:
+    """What decides the bits of a step besides the configuration."""
+    return {
+        "world_size": dist.get_world_size(),
+        "zero_stage": config.zero.stage,
+        "precision": config.train.precision,
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def skip_list(ranges: Sequence[tuple[int, int]], resumed: Resume | None) -> SkipList:
+    """data.skip for this start: ranges already behind a checkpoint stay as they were; new ones must lie ahead."""
+    if resumed is None:
+        return SkipList(ranges)
+    data_pos = resumed.state["data_pos"]
+    saved = SkipList([(start, stop) for start, stop in resumed.state["skipped_ranges"]])
+    reached = int(saved.positions(data_pos - 1, 1)[0]) + 1 if data_pos else 0
+    passed = saved.passed(data_pos)
+    late = [pair for pair in SkipList(ranges).ranges if pair[0] < reached and pair not in passed]
+    if late:
+        raise ConfigError(
+            [
+                f"data.skip names positions from {late[0][0]}, but {resumed.path} has already trained up to "
+                f"{reached}: resume from an earlier checkpoint to leave them out"
+            ]
+        )
+    return SkipList([*ranges, *passed])
