@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from dlm_dist.training import zero_state
+from dlm_dist.training import zero_speed, zero_state
 from tests.training.conftest import micro_batch, run_steps, tiny_config, tiny_engine, tiny_model
 
 WRAPPERS = [(stage, precision) for stage in range(4) for precision in ("bf16", "fp32")]
@@ -134,6 +134,22 @@ def test_bf16_gradients_accumulate_in_fp32_where_deepspeed_can(stage, tolerance)
     assert norm == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize("size", [0, 1, 65536, 65537, 5_000_000])
+def test_sum_of_squares_is_that_of_fp64(size):
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 1e-4
+    expected = values.double().square().sum()
+    torch.testing.assert_close(zero_speed.sum_of_squares(values), expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_sum_of_squares_shows_what_is_not_finite(bad):
+    values = torch.zeros(200_000)
+    for place in (0, 131_072, 199_999):
+        values[place] = bad
+        assert not torch.isfinite(zero_speed.sum_of_squares(values))
+        values[place] = 0.0
+
+
 @over_wrappers
 def test_buffers_stay_in_fp32(stage, precision):
     engine, _ = tiny_engine(*settings(stage, precision))
@@ -146,7 +162,8 @@ def test_raw_deepspeed_keys_are_merged_last():
     from dlm_dist.config import resolve_batch
     from dlm_dist.training.engine import deepspeed_config
 
-    config = tiny_config("zero.stage=2", "deepspeed.zero_optimization.overlap_comm=true", "deepspeed.seed=5")
+    config = tiny_config("zero.stage=2", "deepspeed.zero_optimization.reduce_bucket_size=7", "deepspeed.seed=5")
     merged = deepspeed_config(config, resolve_batch(config.train, 1))
-    assert merged["zero_optimization"] == {"stage": 2, "memory_efficient_linear": False, "overlap_comm": True}
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 7
+    assert merged["zero_optimization"]["memory_efficient_linear"] is False
     assert merged["seed"] == 5
