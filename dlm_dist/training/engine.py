@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlm_dist.config import BatchPlan, RunConfig
-from dlm_dist.training import zero_state
+from dlm_dist.training import zero_speed, zero_state
 from dlm_dist.training.optimizers import build_optimizer, group_table, parameter_groups
 
 
@@ -32,6 +32,8 @@ def deepspeed_config(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "data_types": {"keep_in_fp32_modules": ["*"]},
         "steps_per_print": 2**62,
     }
+    if stage == 2:
+        result["zero_optimization"] |= zero_speed.STAGE_2_SETTINGS
     if bf16 and stage > 0:
         result["data_types"]["grad_accum_dtype"] = "fp32"
         result["communication_data_type"] = "fp32"
@@ -74,6 +76,7 @@ def build_engine(model: Any, config: RunConfig, plan: BatchPlan) -> tuple[Any, l
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_config(config, plan), dist_init_required=False
     )
+    zero_speed.leave_out_repeated_work(engine)
     zero_state.forget_hidden_step(engine)
     if config.train.precision != "fp32":
         zero_state.write_masters(engine, unrounded)
