@@ -1,0 +1,51 @@
+"""The README's commands are commands of this version, and its configuration is one."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dlm_dist.config import load_config
+from launcher.cli import build_parser
+from launcher.pretrain import parse_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+COMMANDS = [line.strip() for kind, block in BLOCKS if not kind for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dlm ")])
+def test_dlm_commands_parse(command):
+    assert callable(build_parser().parse_args(shlex.split(command)[1:]).run)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "launcher/pretrain.py" in c])
+def test_pretrain_commands_parse(command):
+    words = shlex.split(command)
+    options = parse_arguments(words[words.index("launcher/pretrain.py") + 1 :])
+    assert options.config == Path("my.yaml")
+    assert all("=" in override for override in options.overrides)
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {command.split("#")[0].split()[1] for command in COMMANDS if command.startswith("make ")}
+    assert {"demo", "test", "install"} <= named <= targets
+
+
+def test_the_configuration_loads(tmp_path):
+    (text,) = [block for kind, block in BLOCKS if kind == "yaml"]
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    assert load_config(path).model.backbone == "rwkv7"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path):
+    load_config(path)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
