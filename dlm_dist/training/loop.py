@@ -63,8 +63,8 @@ class Trainer:
         """
         settings, every = self.config.train, self.config.checkpoint.every
         self.seek(progress)
-        if self.evaluate is not None and progress.step == 0:
-            self.evaluate(0)
+        # Also at the start: a kill may have come between the checkpoint of this step and its evaluation.
+        self._look(progress.step)
         while progress.step < self.max_steps:
             self.step(progress)
             if progress.skips_in_a_row >= settings.max_consecutive_skips:
@@ -73,19 +73,23 @@ class Trainer:
                     f"at data_pos {progress.data_pos}; resume from a checkpoint with a lower optimizer.lr, or "
                     "leave these positions out with data.skip"
                 )
-            last = progress.step == self.max_steps
             # Saved first: nothing that goes wrong while evaluating costs the steps before it.
-            if last or _due(every, progress.step):
+            if progress.step == self.max_steps or _due(every, progress.step):
                 self.save(progress)
-            if self.evaluate is not None and (last or _due(settings.eval_every, progress.step)):
-                self.evaluate(progress.step)
-            if self.sample is not None and _due(settings.sample_every, progress.step):
-                self.sample(progress.step)
+            self._look(progress.step)
 
     def seek(self, progress: Progress) -> None:
         """Make `progress` the place from which the steps go on."""
         self.engine.train()
         self.read_ahead.seek(progress.data_pos)
+
+    def _look(self, step: int) -> None:
+        """The evaluation and the sample that are due at `step`: the first and the last step are always evaluated."""
+        settings = self.config.train
+        if self.evaluate is not None and (step in (0, self.max_steps) or _due(settings.eval_every, step)):
+            self.evaluate(step)
+        if self.sample is not None and step > 0 and _due(settings.sample_every, step):
+            self.sample(step)
 
     def step(self, progress: Progress) -> None:
         """One optimizer step, recorded; moves `progress`. Collective: every rank must call."""

@@ -22,7 +22,7 @@ class JsonLines:
         self.path = path
 
     def rewind(self, step: int) -> None:
-        """Keep the lines up to `step`; later ones, of a run that was cut short, move to NAME.replaced.jsonl."""
+        """Keep the lines of steps below `step`; others, of a run that was cut short, move to NAME.replaced.jsonl."""
         if not self.path.exists():
             return
         kept: list[bytes] = []
@@ -32,7 +32,7 @@ class JsonLines:
                 record = json.loads(line)
             except ValueError:
                 continue  # the end of a line that a kill cut off, or the empty end of the file
-            (kept if record["step"] <= step else replaced).append(line + b"\n")
+            (kept if record["step"] < step else replaced).append(line + b"\n")
         if replaced:
             with open(self.path.with_suffix(".replaced.jsonl"), "ab") as file:
                 file.writelines(replaced)
@@ -101,8 +101,9 @@ class MetricsLog:
         wandb_settings: Mapping[str, Any] | None,
     ) -> None:
         self._files = {kind: JsonLines(run_dir / f"{kind}.jsonl") for kind in ("metrics", "evaluations", "samples")}
-        for file in self._files.values():
-            file.rewind(start_step)
+        # The step of the checkpoint itself is recorded already; its evaluation and sample are made again.
+        for kind, file in self._files.items():
+            file.rewind(start_step + 1 if kind == "metrics" else start_step)
         self.console = Console(start_step, max_steps, every)
         self._every = every
         self._wandb = None

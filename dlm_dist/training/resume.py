@@ -26,14 +26,15 @@ class Resume:
     state: dict[str, Any]
 
 
-def lock_run_dir(run_dir: Path) -> IO[str] | None:
-    """Make this process the only one that trains in `run_dir`; the lock lasts as long as the returned file is open.
+def lock_run_dir(run_dir: Path) -> tuple[IO[str] | None, list[str]]:
+    """Make this process the only one that trains in `run_dir` -> (file, notes); the lock lasts while the file is open.
 
     The kernel gives the lock back when the process ends, however it ends. Collective; only rank 0 gets a file.
-    Raises ConfigError on every rank where another process holds it.
+    Raises ConfigError on every rank where another process holds it; a file system without locks is noted.
     """
     holder: IO[str] | None = None
     problem: list[str | None] = [None]
+    notes: list[str] = []
     if dist.get_rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         holder = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run
@@ -45,10 +46,12 @@ def lock_run_dir(run_dir: Path) -> IO[str] | None:
         except BlockingIOError:
             holder.seek(0)
             problem = [f"run.dir {run_dir} is in use by {holder.read()}: stop that run, or choose another folder"]
+        except OSError as error:
+            notes = [f"run.dir {run_dir} is not protected against a second run: its file system has no locks ({error})"]
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise ConfigError([problem[0]])
-    return holder
+    return holder, notes
 
 
 def find_resume(run_dir: Path, wanted: str | None) -> tuple[Resume | None, list[str]]:

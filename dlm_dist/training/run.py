@@ -47,8 +47,9 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     sources = open_sources(config)
     config = _resolve_sizes(config, sources[0])
     side = SideInputs.open(config, sources[0])
-    lock = lock_run_dir(config.run.dir)
+    lock, lock_notes = lock_run_dir(config.run.dir)
     resumed, notes = find_resume(config.run.dir, resume)
+    notes = [*lock_notes, *notes]
     identity = run_identity(config, sources)
     if resumed is not None:
         require_same(resumed, identity)

@@ -1,4 +1,4 @@
-"""Options that meet each other only in a whole run: ZeRO-3 with checkpointing, samples, evaluation, wandb, warm start."""
+"""Options that meet only in a whole run: ZeRO-3 with checkpointing, samples, evaluation, wandb, warm start."""
 
 import json
 

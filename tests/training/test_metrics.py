@@ -1,0 +1,37 @@
+import json
+import math
+
+from dlm_dist.training.metrics import JsonLines
+
+
+def test_floats_read_back_bit_equal_and_what_json_lacks_is_null(tmp_path):
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    values = {
+        "step": 1,
+        "a": 0.1 + 0.2,
+        "b": 1e-308,
+        "c": math.pi * 1e17,
+        "nan": math.nan,
+        "inf": -math.inf,
+        "none": None,
+    }
+    file.write(values)
+    read = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert {key: read[key] for key in "abc"} == {key: values[key] for key in "abc"}
+    assert read["nan"] is read["inf"] is read["none"] is None
+
+
+def test_rewind_keeps_the_past_moves_the_rest_and_drops_a_cut_off_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = JsonLines(path)
+    file.rewind(5)  # nothing there yet
+    for step in range(1, 6):
+        file.write({"step": step})
+    with open(path, "a") as raw:
+        raw.write('{"step": 6, "lo')
+    file.rewind(4)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    moved = (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in moved] == [4, 5]
+    file.write({"step": 4})
+    assert path.read_text().count("\n") == 4
