@@ -84,12 +84,18 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak, see proc(5)
             self._before = _status_bytes("VmRSS")
+        self.forget_peak()
         return self
+
+    def forget_peak(self) -> None:
+        """Count only what comes from here on, still from the same base."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
 
     def __exit__(self, *_: object) -> None:
         if self._device.type == "cuda":

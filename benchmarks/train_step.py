@@ -1,6 +1,6 @@
 """The trainer's step beside a bare loop, and our loss beside full logits. One process, one rank.
 
-    python -m benchmarks.train_step [--size small] [--backbones rwkv7 qwen3] [--rounds 4] [--output FILE]
+    python -m benchmarks.train_step [--size small] [--backbones rwkv7 qwen3] [--rounds 3] [--output FILE]
 
 Systems take turns, step by step on the same rows and masks, because machines are noisy: the figure to read is
 the ratio of times within a round. `bare` is model, loss, fp32 masters, clipping and optimizer and nothing else
@@ -18,6 +18,7 @@ scans one way only and Qwen3 ties its embeddings, as their authors publish them.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import sys
@@ -63,7 +64,7 @@ class Size:
 SIZES = {
     "tiny": Size(hidden=64, layers=2, length=32, micro_batch=2, accumulation=2, loss_rows=2, vocabularies=(512, 1024)),
     "demo": Size(hidden=256, layers=6, length=256, micro_batch=8, accumulation=2, loss_rows=8),
-    "small": Size(hidden=512, layers=8, length=512, micro_batch=16, accumulation=2, loss_rows=4),
+    "small": Size(hidden=384, layers=6, length=512, micro_batch=16, accumulation=2, loss_rows=4),
     "0.1b": Size(hidden=768, layers=12, length=1024, micro_batch=16, accumulation=2, loss_rows=8),
 }
 """tiny only shows that the script runs: its steps are all overhead."""
@@ -118,13 +119,18 @@ class Case:
         }
         return load_config(None, [f"{name}={value}" for name, value in values.items()])
 
-    def build(self, system: str, data_folder: Path, device: torch.device, peak: float) -> Any:
-        """The system, ready for its first step."""
+    def model(self) -> Any:
+        """The model in fp32, on the host."""
+        sizes = self.config("bare", Path("data")).model.sizes()
+        return models.build(self.backbone, seed=0, mask_token_id=self.vocabulary - 1, **sizes)
+
+    def build(self, system: str, model: Any, data_folder: Path, device: torch.device, peak: float) -> Any:
+        """The system, ready for its first step; it takes over `model`."""
         config = self.config(system, data_folder)
         data = Data.open(config)
         if system in ("zero0", "zero2"):
-            return TrainerSystem(config, data, device, peak)
-        return BareSystem(config, data, device, full_logits=system == "full logits")
+            return TrainerSystem(config, model, data, device, peak)
+        return BareSystem(config, model, data, device, full_logits=system == "full logits")
 
 
 # --- data ------------------------------------------------------------------------------------------------------
@@ -173,20 +179,13 @@ class Data:
 # --- the systems -----------------------------------------------------------------------------------------------
 
 
-def build_model(config: RunConfig) -> Any:
-    """The model of `config` in fp32, on the host."""
-    assert config.model.vocab_size is not None
-    sizes = config.model.sizes()
-    return models.build(config.model.backbone, seed=0, mask_token_id=config.model.vocab_size - 1, **sizes)
-
-
 class BareSystem:
     """The bare loop on rows that were read and corrupted beforehand."""
 
-    def __init__(self, config: RunConfig, data: Data, device: torch.device, full_logits: bool = False) -> None:
+    def __init__(self, config: RunConfig, model: Any, data: Data, device: torch.device, full_logits: bool) -> None:
         from benchmarks.bare_loop import BareLoop
 
-        self.loop = BareLoop(build_model(config), config, device, full_logits)
+        self.loop = BareLoop(model, config, device, full_logits)
         self._prepare = data.prepare(config, device)
         self._size = config.train.global_batch_size
         self._step = 0
@@ -207,13 +206,13 @@ class BareSystem:
 class TrainerSystem:
     """The trainer's loop, one iteration at a time; evaluation, samples and checkpoints never fall due."""
 
-    def __init__(self, config: RunConfig, data: Data, device: torch.device, peak: float) -> None:
+    def __init__(self, config: RunConfig, model: Any, data: Data, device: torch.device, peak: float) -> None:
         from dlm_dist.training.engine import build_engine
         from dlm_dist.training.loop import Progress, Trainer
         from dlm_dist.training.metrics import MetricsLog
 
         plan = resolve_batch(config.train, 1)
-        engine, _ = build_engine(build_model(config), config, plan)
+        engine, _ = build_engine(model, config, plan)
         config.run.dir.mkdir(parents=True, exist_ok=True)
         self._trainer = Trainer(
             config=config,
@@ -300,7 +299,9 @@ def _memory_process(sender: Any, case: Case, system: str) -> None:
         data = Path(name) / "data"
         write_random_rows(data, case.vocabulary, case.size.length, 8 * case.rows_per_step)
         with PeakMemory(device) as memory:
-            built = case.build(system, data, device, 1.0)
+            model = case.model()
+            memory.forget_peak()  # that of drawing the initial values
+            built = case.build(system, model, data, device, 1.0)
             for _ in range(2):
                 built.step(built.ready())
         built.close()
@@ -341,14 +342,14 @@ def compare(case: Case, names: Sequence[str], device: torch.device, peak: float,
     with tempfile.TemporaryDirectory() as name:
         data = Path(name) / "data"
         write_random_rows(data, case.vocabulary, case.size.length, case.rows_per_step * (warmup + rounds + 8))
-        systems = {system: case.build(system, data, device, peak) for system in names}
-        model = systems[names[0]].loop.model
-        flops = model_flops(case.config(names[0], data), model, range(warmup, warmup + rounds))
-        times = take_turns(systems, device, warmup, rounds)
-        for built in systems.values():
-            built.close()
+        model = case.model()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        del systems, model, built
+        flops = model_flops(case.config(names[0], data), model, range(warmup, warmup + rounds))
+        systems = {system: case.build(system, copy.deepcopy(model), data, device, peak) for system in names}
+        del model
+        times = take_turns(systems, device, warmup, rounds)
+        while systems:
+            systems.popitem()[1].close()
     return [
         figures(times[system], times[names[0]], flops, case.rows_per_step * case.size.length, peak)
         | {"backbone": case.backbone, "system": system, "vocabulary": case.vocabulary, "parameters": parameters}
@@ -412,7 +413,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbones", nargs="+", choices=("rwkv7", "qwen3"), default=["rwkv7", "qwen3"])
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--optimizer", choices=("adamw", "adamw8bit", "lion8bit"), default="adamw")
-    parser.add_argument("--rounds", type=int, default=4, help="timed steps of each system (default: 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each system (default: 3)")
     parser.add_argument("--micro-batch", type=int, help="rows of a micro-batch (default: by size)")
     parser.add_argument("--accumulation", type=int, help="micro-batches of a step (default: by size)")
     parser.add_argument("--parts", nargs="+", choices=("steps", "losses"), default=["steps", "losses"])
