@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import multiprocessing
 import sys
@@ -350,6 +351,7 @@ def compare(case: Case, names: Sequence[str], device: torch.device, peak: float,
         times = take_turns(systems, device, warmup, rounds)
         while systems:
             systems.popitem()[1].close()
+        gc.collect()  # engines refer to themselves in circles
     return [
         figures(times[system], times[names[0]], flops, case.rows_per_step * case.size.length, peak)
         | {"backbone": case.backbone, "system": system, "vocabulary": case.vocabulary, "parameters": parameters}
@@ -383,7 +385,9 @@ _COLUMNS = "{:<8} {:<12} {:>8} {:>24} {:>7} {:>19} {:>19} {:>9}"
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], first: str) -> None:
-    """Medians with minimum and maximum."""
+    """Medians with minimum and maximum; nothing where a part was not asked for."""
+    if not rows:
+        return
     print(f"\n{title}")
     head = ("model", "system", "vocab", "tokens/s", "MFU", f"speed / {first}", f"CPU-s {first} /", "peak GB")
     print(_COLUMNS.format(*head))
