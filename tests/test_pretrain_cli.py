@@ -67,7 +67,7 @@ def test_a_run_without_launcher_reaches_its_end(finished):
     assert [record["step"] for record in runs.metrics(finished)] == [1, 2]
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["step-1", "step-2"]
     (record,) = json.loads((finished / "manifest.json").read_text())["starts"]
-    assert record["fallbacks"] == []
+    assert record["fallbacks"] == record["notes"] == []
     assert record["topology"]["world_size"] == 1
 
 

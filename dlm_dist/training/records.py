@@ -35,8 +35,10 @@ class StartRecord:
     wkv7_backend: dict[str, Any] | None = None
     init_from: Mapping[str, list[str]] | None = None
     """The report of models.warm_start."""
+    fallbacks: list[str] = field(default_factory=list)
+    """What runs in place of something faster or better, and why."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know and may not expect: fallbacks, checkpoints passed over or set aside."""
+    """What else the user should know and may not expect: checkpoints passed over or set aside."""
 
     def write(self, config: RunConfig) -> None:
         """config.yaml as this start uses it, and one more entry of manifest.json."""
@@ -66,6 +68,7 @@ class StartRecord:
             },
             "parameter_groups": self.parameter_groups,
             "wkv7_backend": self.wkv7_backend,
+            "fallbacks": self.fallbacks,
             "notes": self.notes,
             "init_from": self.init_from,
             "gemm_peak_flops": self.gemm_peak_flops,
@@ -93,6 +96,7 @@ class StartRecord:
                 for kind in ("resized", "skipped", "unused")
                 if self.init_from[kind]
             ]
+        lines += [f"warning: {fallback}" for fallback in self.fallbacks]
         lines += [f"note: {note}" for note in self.notes]
         if self.resumed_from is not None:
             lines.append(f"resuming from {self.resumed_from}")

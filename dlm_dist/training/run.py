@@ -82,7 +82,8 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         resumed_from=resumed.path if resumed is not None else None,
         wkv7_backend=asdict(backend) if backend is not None else None,
         init_from=loading,
-        notes=[*fallbacks, *notes, *leave_other_branches(config.run.dir, resumed)],
+        fallbacks=fallbacks,
+        notes=[*notes, *leave_other_branches(config.run.dir, resumed)],
     )
     log = None
     if rank == 0:
