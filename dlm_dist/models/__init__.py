@@ -114,7 +114,7 @@ def _classes(folder: Path) -> tuple[type[PreTrainedConfig], type[PreTrainedModel
     if model_type not in by_type:
         raise ValueError(
             f"{file} says model_type {model_type!r}, which is none of ours ({', '.join(sorted(by_type))}):"
-            " convert the model first with `dlm convert`."
+            " foreign checkpoints cannot be loaded yet."
         )
     return by_type[model_type]
 
