@@ -49,11 +49,14 @@ class SampleStream:
         tokens = np.empty((len(positions), sequence_length), dtype=np.int64)
         document_ids = np.empty((len(positions), sequence_length), dtype=np.int32)
         text_bytes = np.empty(len(positions), dtype=np.int64)
+        before = np.empty(len(positions), dtype=np.int64)
         for number, source in enumerate(self.sources):
             chosen = np.flatnonzero(source_of == number)
             if len(chosen):
-                tokens[chosen], document_ids[chosen], text_bytes[chosen] = source.read(row_of[chosen])
-        return Rows(tokens=tokens, document_ids=document_ids, positions=positions, text_bytes=text_bytes)
+                rows = source.read(row_of[chosen])
+                tokens[chosen], document_ids[chosen] = rows.tokens, rows.document_ids
+                text_bytes[chosen], before[chosen] = rows.text_bytes, rows.before
+        return Rows(tokens, document_ids, positions, text_bytes, before)
 
 
 class ReadAhead(Generic[Step]):

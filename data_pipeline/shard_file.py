@@ -136,6 +136,7 @@ class ShardFile:
         self.tar_path = folder / record.tar
         self.idx_path = folder / record.idx
         self._first_row = first_row
+        self._dtype = dtype
         self._row_bytes = dtype.itemsize * sequence_length
         with _open_for_reading(self.idx_path) as file:
             if os.fstat(file.fileno()).st_size != idx_size(record.rows):
@@ -172,6 +173,18 @@ class ShardFile:
         if row_crc(view, text_bytes, self._first_row + local_row) != self.crcs[local_row]:
             raise self._corrupt(local_row, offset, "the checksum does not match")
         return text_bytes
+
+    def last_token(self, local_row: int) -> int:
+        """The last token of row `local_row`, without its checksum, which would take the whole row."""
+        size = self._dtype.itemsize
+        offset = int(self.offsets[local_row]) + self._row_bytes - size
+        try:
+            stored = os.pread(self._descriptor, size, offset)
+        except (OSError, OverflowError) as error:
+            raise self._corrupt(local_row, offset, f"reading failed ({error})") from error
+        if len(stored) != size:
+            raise self._corrupt(local_row, offset, "its last token is not there")
+        return int.from_bytes(stored, "little")
 
     def _corrupt(self, local_row: int, offset: int, what: str) -> CorruptShardError:
         row = self._first_row + local_row

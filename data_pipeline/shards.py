@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import CorruptShardError, DataError
 from data_pipeline.files import canonical_json, read_json, write_json
-from data_pipeline.rows import document_ids
+from data_pipeline.rows import SourceRows, document_ids
 from data_pipeline.shard_file import ShardFile, ShardRecord, idx_size, verify_shard, write_shard
 from data_pipeline.tokenizer_base import Tokenizer
 
@@ -193,13 +193,12 @@ class ShardedSource:
             _check_size(folders[0] / shard.idx, idx_size(shard.rows))
         return cls(folders[0], index)
 
-    def read(
-        self, indices: Sequence[int] | NDArray[np.integer]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-        """Rows `indices` [n] -> tokens int64 [n, T], document ids int32 [n, T], text bytes int64 [n].
+    def read(self, indices: Sequence[int] | NDArray[np.integer]) -> SourceRows:
+        """Rows `indices` [n] -> tokens [n, T], document ids [n, T], text bytes [n], ids before the rows [n].
 
         Raises CorruptShardError naming shard, row and offset where bytes are not those that were written,
-        DataError for a row that does not exist.
+        DataError for a row that does not exist. A row's checksum covers its own tokens only: damage to the token
+        before it is found when the row of that token is read.
         """
         wanted = np.asarray(indices, dtype=np.int64)
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < self.num_rows):
@@ -214,7 +213,21 @@ class ShardedSource:
         for i, (number, local_row) in enumerate(zip(shard_numbers.tolist(), local_rows.tolist(), strict=True)):
             text_bytes[i] = self._shard(number).read_into(stored[i], local_row)
         tokens = stored.astype(np.int64)
-        return tokens, document_ids(tokens, self.eos_id), text_bytes
+        before = np.array([self._last_token(row - 1) for row in wanted.tolist()], dtype=np.int64)
+        return SourceRows(tokens, document_ids(tokens, self.eos_id), text_bytes, before)
+
+    def _last_token(self, row: int) -> int:
+        """The last token of `row`; end of text for -1, so that the first row is read like any document's begin."""
+        if row < 0:
+            return self.eos_id
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        token = self._shard(number).last_token(row - int(self._first_rows[number]))
+        if token >= self.vocab_size:
+            raise CorruptShardError(
+                f"{self.folder}: row {row} ends with the id {token}, outside the vocabulary of {self.vocab_size}: it is "
+                "damaged; restore the shard or build the data set again"
+            )
+        return token
 
     def _shard(self, number: int) -> ShardFile:
         """The open shard, one of at most 64; a shard that is put out closes when its last reader is done."""

@@ -152,15 +152,15 @@ def run_show(arguments: argparse.Namespace) -> int:
     from data_pipeline.shards import ShardedSource
 
     source = ShardedSource.open(arguments.path)
-    tokens, documents, text_bytes = source.read([arguments.row])
-    text = source.load_tokenizer().decode(tokens[0])
+    rows = source.read([arguments.row])
+    text = source.load_tokenizer().decode(rows.tokens[0])
     if arguments.json:
         content = {
             "row": arguments.row,
             "text": text,
-            "tokens": tokens[0].tolist(),
-            "document_ids": documents[0].tolist(),
-            "text_bytes": int(text_bytes[0]),
+            "tokens": rows.tokens[0].tolist(),
+            "document_ids": rows.document_ids[0].tolist(),
+            "text_bytes": int(rows.text_bytes[0]),
         }
         print(json.dumps(content))
     else:

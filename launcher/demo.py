@@ -142,8 +142,7 @@ def _infill(checkpoint: Path) -> None:
     tokenizer = source.load_tokenizer()
     model = models.load(checkpoint)
     print("$ dlm generate --model CHECKPOINT --infill --prompt 'text with {{mask:8}} gaps'")
-    tokens, _, _ = source.read([3, 17, 31])
-    for row in tokens[:, :160]:
+    for row in source.read([3, 17, 31]).tokens[:, :160]:
         gappy = row.copy()
         for start in (70, 110):
             gappy[start : start + 8] = tokenizer.mask_id

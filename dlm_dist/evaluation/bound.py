@@ -48,8 +48,8 @@ def held_out_batch(
         vocabulary=Vocabulary(source.mask_id),
         isolate_documents=isolate_documents,
     )
-    tokens, document_ids, text_bytes = source.read(samples // draws)
-    return objective.corrupt(Rows(tokens=tokens, document_ids=document_ids, positions=samples, text_bytes=text_bytes))
+    rows = source.read(samples // draws)
+    return objective.corrupt(Rows(rows.tokens, rows.document_ids, samples, rows.text_bytes, rows.before))
 
 
 @torch.no_grad()
@@ -143,6 +143,6 @@ def _token_counts(source: ShardedSource, num_rows: int) -> NDArray[np.int64]:
     """How often each id occurs in the first `num_rows` rows, [vocab_size]."""
     counts = np.zeros(source.vocab_size, dtype=np.int64)
     for start in range(0, num_rows, _ROWS_AT_ONCE):
-        tokens, _, _ = source.read(np.arange(start, min(num_rows, start + _ROWS_AT_ONCE)))
+        tokens = source.read(np.arange(start, min(num_rows, start + _ROWS_AT_ONCE))).tokens
         counts += np.bincount(tokens.reshape(-1), minlength=source.vocab_size)
     return counts

@@ -54,7 +54,7 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 def documents_of(folder: Path) -> list[str]:
     """The texts of a source, from its rows."""
     source = ShardedSource.open(folder)
-    tokens = source.read(np.arange(source.num_rows))[0].reshape(-1)
+    tokens = source.read(np.arange(source.num_rows)).tokens.reshape(-1)
     stored = tokens[: len(tokens) - source.index.repeated_tokens]
     pieces = np.split(stored, np.flatnonzero(stored == source.eos_id) + 1)
     assert len(pieces[-1]) == 0
@@ -77,7 +77,7 @@ def test_every_document_is_in_one_split_in_order(options: BuildOptions) -> None:
     assert counted.rows * 64 == counted.tokens + counted.repeated_tokens
     assert counted.shards == -(-counted.rows // 20) > 2
     source = ShardedSource.open(Path(options.output) / "train")
-    assert source.read(range(source.num_rows))[2].sum() == counted.text_bytes == source.index.text_bytes
+    assert source.read(range(source.num_rows)).text_bytes.sum() == counted.text_bytes == source.index.text_bytes
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
@@ -310,7 +310,7 @@ def test_split_shorter_than_a_row_is_one_row(options: BuildOptions, tmp_path: Pa
     jsonl(tmp_path / "input" / "a.jsonl", ["ab"])
     summary = build_dataset(replace(options, sequence_length=8, validation_fraction=0.0))
     assert (summary.splits["train"].rows, summary.splits["train"].repeated_tokens) == (1, 5)
-    tokens, documents, text_bytes = ShardedSource.open(options.output).read([0])
+    tokens, documents, text_bytes, _ = ShardedSource.open(options.output).read([0])
     assert tokens.tolist() == [[97, 98, 256, 97, 98, 256, 97, 98]]
     assert documents.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2]]
     assert text_bytes.tolist() == [6]

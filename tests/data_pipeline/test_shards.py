@@ -37,13 +37,14 @@ def test_rows_come_back_in_any_order(folder: Path, rows: np.ndarray) -> None:
     assert (source.num_rows, source.sequence_length, source.dtype) == (ROWS, LENGTH, np.uint16)
     assert (source.vocab_size, source.eos_id, source.mask_id) == (258, 256, 257)
     wanted = np.array([22, 0, 9, 10, 19, 20, 9])
-    tokens, documents, text_bytes = source.read(wanted)
+    tokens, documents, text_bytes, before = source.read(wanted)
     assert np.array_equal(tokens, rows[wanted])
-    assert (tokens.dtype, documents.dtype, text_bytes.dtype) == (np.int64, np.int32, np.int64)
+    assert [part.dtype for part in (tokens, documents, text_bytes, before)] == [np.int64, np.int32, np.int64, np.int64]
+    assert before.tolist() == [256 if row == 0 else rows[row - 1, -1] for row in wanted]
     assert np.array_equal(text_bytes, (rows[wanted] != 256).sum(axis=1))
     starts = np.diff(documents, axis=1, prepend=0)
     assert np.array_equal(starts[:, 1:], (tokens[:, :-1] == 256).astype(int))
-    assert [len(part) for part in source.read([])] == [0, 0, 0]
+    assert [len(part) for part in source.read([])] == [0, 0, 0, 0]
 
 
 def test_webdataset_reads_the_tars_unchanged(folder: Path, rows: np.ndarray) -> None:
@@ -70,8 +71,17 @@ def test_wide_vocabularies_get_wide_tokens(tmp_path: Path) -> None:
     write_source(tmp_path, rows, tokenizer)
     source = ShardedSource.open(tmp_path)
     assert source.dtype == np.uint32
-    assert np.array_equal(source.read(range(10))[0], rows)
+    assert np.array_equal(source.read(range(10)).tokens, rows)
+    assert source.read([7]).before.tolist() == [rows[6, -1]]
     assert shards.row_dtype(65536) == np.uint16
+
+
+def test_a_damaged_token_before_a_row_is_found_where_it_is_no_id(folder: Path) -> None:
+    flip(folder / "train-000001.tar", 3 * 1024 + 640 + 2 * LENGTH - 1)  # the high byte of the last token of row 13
+    source = ShardedSource.open(folder)
+    source.read([12, 15])
+    with pytest.raises(CorruptShardError, match="row 13 ends with the id"):
+        source.read([14])
 
 
 def test_same_rows_give_same_bytes_and_fingerprint(folder: Path, tmp_path: Path, rows: np.ndarray) -> None:
@@ -230,7 +240,7 @@ def test_threads_share_a_source_with_few_open_files(tmp_path: Path, rows: np.nda
 
     def read(seed: int) -> bool:
         wanted = np.random.default_rng(seed).integers(0, ROWS, 40)
-        return np.array_equal(sources[0].read(wanted)[0], rows[wanted])
+        return np.array_equal(sources[0].read(wanted).tokens, rows[wanted])
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(40)))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -24,6 +26,7 @@ def rows_at(positions, length=16, vocabulary=50):
         document_ids=np.where(np.arange(length) < length // 2, 0, 1) * np.ones((len(positions), 1), dtype=np.int32),
         positions=positions,
         text_bytes=np.full(len(positions), 3 * length, dtype=np.int64),
+        before=np.full(len(positions), vocabulary, dtype=np.int64),
     )
 
 
@@ -181,7 +184,7 @@ def test_documents_are_kept_apart_only_on_demand():
 
 def test_every_epoch_and_every_seed_draws_other_noise():
     rows = rows_at(np.arange(64))
-    again = Rows(rows.tokens, rows.document_ids, rows.positions + 64, rows.text_bytes)
+    again = replace(rows, positions=rows.positions + 64)
     first, second = objective().corrupt(rows), objective().corrupt(again)
     other_seed = MaskedDiffusion(seed=2, vocabulary=Vocabulary(MASK)).corrupt(rows)
     for batch in (second, other_seed):
