@@ -224,8 +224,8 @@ class ShardedSource:
         token = self._shard(number).last_token(row - int(self._first_rows[number]))
         if token >= self.vocab_size:
             raise CorruptShardError(
-                f"{self.folder}: row {row} ends with the id {token}, outside the vocabulary of {self.vocab_size}: it is "
-                "damaged; restore the shard or build the data set again"
+                f"{self.folder}: row {row} ends with the id {token}, outside the vocabulary of {self.vocab_size}: it "
+                "is damaged; restore the shard or build the data set again"
             )
         return token
 
