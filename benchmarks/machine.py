@@ -8,7 +8,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,46 @@ def synchronize(device: torch.device) -> None:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: between two events on CUDA, on the clock elsewhere."""
+    if device.type != "cuda":
+        with Stopwatch() as watch:
+            function()
+        return watch.seconds
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3
+
+
+def take_turns(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    warmup: int = 1,
+    limits: Mapping[str, int] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of one call of every function per round; who comes first moves on by one each round.
+
+    A function named in `limits` takes part in that many of the timed rounds only, and in no round of warm-up.
+    """
+    limits = limits or {}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for number in range(-warmup, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            if name in limits and not 0 <= number < limits[name]:
+                continue
+            seconds = timed(functions[name], device)
+            if number >= 0:
+                times[name].append(seconds)
+    return times
 
 
 def gemm_rates(device: torch.device, dtype: torch.dtype, size: int, tries: int) -> list[float]:
