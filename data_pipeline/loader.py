@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipeline.order import SampleOrder, SkipList
 from data_pipeline.rows import Rows
-from data_pipeline.shards import ShardedSource
+from data_pipeline.source import Source
 
 Step = TypeVar("Step")
 
@@ -25,7 +25,7 @@ class SampleStream:
 
     def __init__(
         self,
-        sources: Sequence[ShardedSource],
+        sources: Sequence[Source],
         weights: Sequence[float],
         seed: int,
         skip: SkipList | None = None,

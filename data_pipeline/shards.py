@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,8 +13,10 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import CorruptShardError, DataError
 from data_pipeline.files import canonical_json, read_json, write_json
+from data_pipeline.open_files import OpenFiles
 from data_pipeline.rows import SourceRows, document_ids
 from data_pipeline.shard_file import ShardFile, ShardRecord, idx_size, verify_shard, write_shard
+from data_pipeline.source import Source
 from data_pipeline.tokenizer_base import Tokenizer
 
 __all__ = [
@@ -159,11 +158,11 @@ def source_folders(path: str | Path) -> list[Path]:
     )
 
 
-class ShardedSource:
-    """Rows by number. Reads are positional and checked, hold no state, and may come from many threads."""
+class ShardedSource(Source):
+    """The rows of a folder that `dlm data build` wrote; every read row is checked."""
 
     def __init__(self, folder: Path, index: SourceIndex) -> None:
-        self.folder = folder
+        self.path = folder
         self.index = index
         self.num_rows = index.num_rows
         self.sequence_length = index.sequence_length
@@ -171,11 +170,11 @@ class ShardedSource:
         self.vocab_size = int(index.tokenizer["vocab_size"])
         self.eos_id = int(index.tokenizer["eos_id"])
         self.mask_id = int(index.tokenizer["mask_id"])
+        self.tokenizer_description = index.tokenizer
         self.fingerprint = index.fingerprint
         ends = np.cumsum([shard.rows for shard in index.shards], dtype=np.int64)
         self._first_rows = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
-        self._open_shards: OrderedDict[int, ShardFile] = OrderedDict()
-        self._lock = Lock()
+        self._shards = OpenFiles(self._open_shard, _MAX_OPEN_SHARDS)
 
     @classmethod
     def open(cls, path: str | Path) -> ShardedSource:
@@ -200,18 +199,13 @@ class ShardedSource:
         DataError for a row that does not exist. A row's checksum covers its own tokens only: damage to the token
         before it is found when the row of that token is read.
         """
-        wanted = np.asarray(indices, dtype=np.int64)
-        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < self.num_rows):
-            raise DataError(
-                f"{self.folder} has rows 0 to {self.num_rows - 1}, but a row from {wanted.min()} to "
-                f"{wanted.max()} was asked for"
-            )
+        wanted = self._existing(indices)
         stored = np.empty((len(wanted), self.sequence_length), dtype=self.dtype)
         text_bytes = np.empty(len(wanted), dtype=np.int64)
         shard_numbers = np.searchsorted(self._first_rows, wanted, side="right") - 1
         local_rows = wanted - self._first_rows[shard_numbers]
         for i, (number, local_row) in enumerate(zip(shard_numbers.tolist(), local_rows.tolist(), strict=True)):
-            text_bytes[i] = self._shard(number).read_into(stored[i], local_row)
+            text_bytes[i] = self._shards[number].read_into(stored[i], local_row)
         tokens = stored.astype(np.int64)
         before = np.array([self._last_token(row - 1) for row in wanted.tolist()], dtype=np.int64)
         return SourceRows(tokens, document_ids(tokens, self.eos_id), text_bytes, before)
@@ -221,43 +215,30 @@ class ShardedSource:
         if row < 0:
             return self.eos_id
         number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        token = self._shard(number).last_token(row - int(self._first_rows[number]))
+        token = self._shards[number].last_token(row - int(self._first_rows[number]))
         if token >= self.vocab_size:
             raise CorruptShardError(
-                f"{self.folder}: row {row} ends with the id {token}, outside the vocabulary of {self.vocab_size}: it "
+                f"{self.path}: row {row} ends with the id {token}, outside the vocabulary of {self.vocab_size}: it "
                 "is damaged; restore the shard or build the data set again"
             )
         return token
 
-    def _shard(self, number: int) -> ShardFile:
-        """The open shard, one of at most 64; a shard that is put out closes when its last reader is done."""
-        with self._lock:
-            shard = self._open_shards.get(number)
-            if shard is None:
-                first_row = int(self._first_rows[number])
-                record = self.index.shards[number]
-                shard = ShardFile(self.folder, record, first_row, self.dtype, self.sequence_length)
-                self._open_shards[number] = shard
-                if len(self._open_shards) > _MAX_OPEN_SHARDS:
-                    self._open_shards.popitem(last=False)
-            else:
-                self._open_shards.move_to_end(number)
-            return shard
+    def _open_shard(self, number: int) -> ShardFile:
+        first_row = int(self._first_rows[number])
+        return ShardFile(self.path, self.index.shards[number], first_row, self.dtype, self.sequence_length)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made the rows. Raises DataError if the saved one is another."""
-        tokenizer = Tokenizer.load(self.folder / TOKENIZER_FOLDER)
+        tokenizer = Tokenizer.load(self.path / TOKENIZER_FOLDER)
         if tokenizer.fingerprint != self.index.tokenizer["fingerprint"]:
             raise DataError(
-                f"the tokenizer in {self.folder / TOKENIZER_FOLDER} is not the one that made the rows; restore "
+                f"the tokenizer in {self.path / TOKENIZER_FOLDER} is not the one that made the rows; restore "
                 "the folder or build the data set again"
             )
         return tokenizer
 
-    @cached_property
-    def token_bytes(self) -> NDArray[np.int64] | None:
-        """UTF-8 bytes of text per id, int64 [vocab_size]; None where an id has no fixed number of bytes."""
-        return self.load_tokenizer().token_bytes()
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((self.path / TOKENIZER_FOLDER).iterdir())}
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from data_pipeline.shards import ShardedSource
+    from data_pipeline.source import Source
 
 
 def add_evaluate_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -61,8 +61,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     train = _open(arguments.unigram_from, "train") if arguments.unigram_from is not None else None
     _require_whole(arguments.checkpoint)
     compared = _require_same_tokens(arguments.checkpoint, source)
-    if train is not None and train.index.tokenizer["fingerprint"] != source.index.tokenizer["fingerprint"]:
-        raise ValueError(f"{train.folder} and {source.folder} were built with different tokenizers")
+    if train is not None and train.tokenizer_description["fingerprint"] != source.tokenizer_description["fingerprint"]:
+        raise ValueError(f"{train.path} and {source.path} were built with different tokenizers")
 
     import torch
     from transformers.utils import logging as transformers_logging
@@ -101,7 +101,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         return 0
     report = {
         "checkpoint": str(arguments.checkpoint),
-        "data": str(source.folder),
+        "data": str(source.path),
         "bound_nats_per_token": bound.nats_per_token,
         "standard_error": bound.standard_error,
         "bits_per_byte": bound.bits_per_byte,
@@ -118,7 +118,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _told(report: dict[str, Any], train: ShardedSource | None) -> str:
+def _told(report: dict[str, Any], train: Source | None) -> str:
     bound, error, unigram = (
         report[name] for name in ("bound_nats_per_token", "standard_error", "unigram_nats_per_token")
     )
@@ -131,7 +131,7 @@ def _told(report: dict[str, Any], train: ShardedSource | None) -> str:
         lines.append(f"  bound          {report['bits_per_byte']:.4f} bits per byte")
     if train is not None:
         lines.append(
-            f"  unigram        {unigram:.4f} nats per token (add-one counts of {train.folder}); "
+            f"  unigram        {unigram:.4f} nats per token (add-one counts of {train.path}); "
             f"the bound is {abs(unigram - bound):.4f} {'below' if bound < unigram else 'above'}"
         )
     return "\n".join(lines)
@@ -140,7 +140,7 @@ def _told(report: dict[str, Any], train: ShardedSource | None) -> str:
 # --- data and checkpoint belong together -----------------------------------------------------------------------
 
 
-def _open(path: Path, split: str) -> ShardedSource:
+def _open(path: Path, split: str) -> Source:
     """The source at `path`, or its `split` where it holds several."""
     from data_pipeline.shards import ShardedSource, source_folders
 
@@ -158,7 +158,7 @@ def _require_whole(checkpoint: Path) -> None:
             raise ValueError(f"{checkpoint} is damaged: {problems[0]}")
 
 
-def _require_same_tokens(checkpoint: Path, source: ShardedSource) -> bool:
+def _require_same_tokens(checkpoint: Path, source: Source) -> bool:
     """Raise ValueError if the rows are of another tokenizer than the checkpoint's tokenizer/ folder.
 
     False where there is no such folder, as with weights from elsewhere.
@@ -169,27 +169,27 @@ def _require_same_tokens(checkpoint: Path, source: ShardedSource) -> bool:
     if folder is None:
         return False
     ours = Tokenizer.load(folder)
-    theirs = source.index.tokenizer
+    theirs = source.tokenizer_description
     if ours.mask_id != source.mask_id:
-        raise ValueError(f"{source.folder} has mask id {source.mask_id}, the tokenizer of {checkpoint} {ours.mask_id}")
+        raise ValueError(f"{source.path} has mask id {source.mask_id}, the tokenizer of {checkpoint} {ours.mask_id}")
     if ours.fingerprint != theirs["fingerprint"]:
         raise ValueError(
-            f"{source.folder} was built with another tokenizer ({theirs['name']}) than {checkpoint} was trained with "
+            f"{source.path} was built with another tokenizer ({theirs['name']}) than {checkpoint} was trained with "
             f"({ours.name}): build the data with --tokenizer {folder}"
         )
     return True
 
 
-def _require_vocabulary(config: Any, source: ShardedSource, checkpoint: Path) -> None:
+def _require_vocabulary(config: Any, source: Source, checkpoint: Path) -> None:
     """Raise ValueError if the rows hold ids that the model does not know, or hide tokens under another id."""
     if config.mask_token_id != source.mask_id:
         raise ValueError(
-            f"{source.folder} has mask id {source.mask_id}, the model of {checkpoint} {config.mask_token_id}"
+            f"{source.path} has mask id {source.mask_id}, the model of {checkpoint} {config.mask_token_id}"
         )
     needed = max(source.vocab_size, source.mask_id + 1)
     if config.vocab_size < needed:
         raise ValueError(
-            f"{source.folder} holds ids up to {needed - 1}, but the vocabulary of {checkpoint} ends at "
+            f"{source.path} holds ids up to {needed - 1}, but the vocabulary of {checkpoint} ends at "
             f"{config.vocab_size - 1}: evaluate on data of the model's own tokenizer"
         )
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from data_pipeline.rows import Rows
-from data_pipeline.shards import ShardedSource
+from data_pipeline.source import Source
 from dlm_dist.diffusion.corruption import NoisyBatch
 from dlm_dist.diffusion.model_inputs import model_inputs
 from dlm_dist.diffusion.objectives import MaskedDiffusion, Vocabulary
@@ -39,9 +39,7 @@ class HeldOutBound:
     draws: int
 
 
-def held_out_batch(
-    source: ShardedSource, samples: NDArray[np.int64], draws: int, isolate_documents: bool
-) -> NoisyBatch:
+def held_out_batch(source: Source, samples: NDArray[np.int64], draws: int, isolate_documents: bool) -> NoisyBatch:
     """The corrupted held-out rows of `samples` [B]; sample i * draws + d is draw d of row i."""
     objective = MaskedDiffusion(
         seed=EVALUATION_SEED,
@@ -55,7 +53,7 @@ def held_out_batch(
 @torch.no_grad()
 def evaluate_bound(
     model: Any,
-    source: ShardedSource,
+    source: Source,
     device: torch.device,
     *,
     num_rows: int,
@@ -127,7 +125,7 @@ def _summary(samples: NDArray[np.float64], draws: int) -> HeldOutBound:
     )
 
 
-def unigram_nats_per_token(train: ShardedSource, held_out: ShardedSource, num_rows: int) -> float:
+def unigram_nats_per_token(train: Source, held_out: Source, num_rows: int) -> float:
     """Cross entropy of the first `num_rows` held-out rows under add-one smoothed token counts of all of `train`.
 
     The smoothing is over the tokenizer's vocabulary, which both must share.
@@ -139,7 +137,7 @@ def unigram_nats_per_token(train: ShardedSource, held_out: ShardedSource, num_ro
     return float(-(counts * log_probability).sum() / counts.sum())
 
 
-def _token_counts(source: ShardedSource, num_rows: int) -> NDArray[np.int64]:
+def _token_counts(source: Source, num_rows: int) -> NDArray[np.int64]:
     """How often each id occurs in the first `num_rows` rows, [vocab_size]."""
     counts = np.zeros(source.vocab_size, dtype=np.int64)
     for start in range(0, num_rows, _ROWS_AT_ONCE):

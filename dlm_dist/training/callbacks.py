@@ -9,6 +9,7 @@ import torch
 
 from data_pipeline.loader import SampleStream
 from data_pipeline.shards import ShardedSource
+from data_pipeline.source import Source
 from data_pipeline.tokenizer_base import Tokenizer
 from dlm_dist.config import ConfigError, RunConfig
 from dlm_dist.evaluation.bound import evaluate_bound
@@ -28,17 +29,17 @@ class SideInputs:
     """What evaluation and samples need, opened and checked before the first step."""
 
     tokenizer: Tokenizer
-    validation: ShardedSource | None
+    validation: Source | None
     prompt: list[int]
 
     @classmethod
-    def open(cls, config: RunConfig, train: ShardedSource) -> SideInputs:
+    def open(cls, config: RunConfig, train: Source) -> SideInputs:
         """Raises ConfigError or DataError where data.validation or train.sample_prompt cannot be used."""
         tokenizer = train.load_tokenizer()
         validation = None
         if config.data.validation is not None:
             validation = ShardedSource.open(config.data.validation)
-            theirs, ours = validation.index.tokenizer, train.index.tokenizer
+            theirs, ours = validation.tokenizer_description, train.tokenizer_description
             if theirs["fingerprint"] != ours["fingerprint"]:
                 raise ConfigError(
                     [
@@ -57,7 +58,7 @@ class Callbacks:
     config: RunConfig
     engine: Any
     device: torch.device
-    source: ShardedSource
+    source: Source
     side: SideInputs
     stream: SampleStream
     identity: dict[str, Any]
@@ -99,7 +100,7 @@ class Callbacks:
     def save(self, progress: Progress) -> None:
         """A checkpoint, then retention."""
         folder, keep_last = self.config.run.dir / "checkpoints", self.config.checkpoint.keep_last
-        files = {path.name: path.read_bytes() for path in sorted((self.source.folder / "tokenizer").iterdir())}
+        files = self.source.tokenizer_files()
         snapshot = checkpoint.take_snapshot(self.engine, progress.step, self._trainer_state(progress), files)
         path = checkpoint.save(snapshot, folder)
         checkpoint.on_rank_0(lambda: checkpoint.retain(folder, keep_last), "old checkpoints could not be removed")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.order import SkipList
-from data_pipeline.shards import ShardedSource
+from data_pipeline.source import Source
 from dlm_dist.config import ConfigError, RunConfig
 from dlm_dist.training import checkpoint, checkpoint_files
 
@@ -97,7 +97,7 @@ def leave_other_branches(run_dir: Path, resumed: Resume | None) -> list[str]:
     return found
 
 
-def run_identity(config: RunConfig, sources: Sequence[ShardedSource]) -> dict[str, Any]:
+def run_identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     """What must not change within a run: change any of it and the same steps would mean other training."""
     tree = config.model_dump(mode="json")
     start_only = ("init_from", "init_revision", "gradient_checkpointing")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead, SampleStream
 from data_pipeline.shards import ShardedSource
+from data_pipeline.source import Source
 from dlm_dist import models
 from dlm_dist.config import ConfigError, RunConfig, resolve_batch, updated
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
@@ -126,9 +127,9 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
             lock.close()
 
 
-def open_sources(config: RunConfig) -> list[ShardedSource]:
+def open_sources(config: RunConfig) -> list[Source]:
     """The training data sets; ConfigError if they do not belong together or do not fit the configuration."""
-    sources = [ShardedSource.open(entry.path) for entry in config.data.train]
+    sources: list[Source] = [ShardedSource.open(entry.path) for entry in config.data.train]
     first = sources[0]
     mistakes = []
     for entry, source in zip(config.data.train, sources, strict=True):
@@ -155,7 +156,7 @@ def open_sources(config: RunConfig) -> list[ShardedSource]:
     return sources
 
 
-def _resolve_sizes(config: RunConfig, source: ShardedSource) -> RunConfig:
+def _resolve_sizes(config: RunConfig, source: Source) -> RunConfig:
     """Fill in what the data decides."""
     values: dict[str, Any] = {"data.sequence_length": source.sequence_length}
     if config.model.vocab_size is None:
@@ -194,7 +195,7 @@ def _wkv7_backend(config: RunConfig, device: torch.device) -> tuple[wkv7.Backend
 
 
 def _build_model(
-    config: RunConfig, source: ShardedSource, resumed: Resume | None, host_group: dist.ProcessGroup | None
+    config: RunConfig, source: Source, resumed: Resume | None, host_group: dist.ProcessGroup | None
 ) -> tuple[Any, dict[str, list[str]] | None]:
     """The model in fp32 with rank 0's values, and the report of model.init_from if it was used. Collective."""
     report = None
@@ -218,7 +219,7 @@ def _build_model(
     return model, report
 
 
-def _objective(config: RunConfig, source: ShardedSource) -> Objective:
+def _objective(config: RunConfig, source: Source) -> Objective:
     return OBJECTIVES[config.objective.name](
         seed=config.run.seed,
         vocabulary=Vocabulary(source.mask_id, source.token_bytes),
