@@ -158,11 +158,10 @@ class Data:
         source = ShardedSource.open(config.data.train[0].path)
         objective = OBJECTIVES[config.objective.name](
             seed=config.run.seed,
-            vocabulary=Vocabulary(source.mask_id, source.token_bytes),
-            schedule=config.objective.schedule,
-            masking=config.objective.masking,
+            vocabulary=Vocabulary(source.mask_id, source.eos_id, source.token_bytes),
             random_length_prob=config.data.random_length_prob,
             isolate_documents=config.data.isolate_documents,
+            **config.objective.settings(),
         )
         return Data(source, SampleStream([source], [1.0], config.run.seed), objective)
 

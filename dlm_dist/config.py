@@ -1,8 +1,8 @@
 """The typed configuration of a run: one frozen tree, read from YAML and `key.sub=value` overrides.
 
-`load_config` fills what depends on the backbone, checks everything, and reports all mistakes at once as plain
-sentences. What it returns is resolved: `to_yaml` writes every value that the run uses, and loading that text
-gives the same tree again.
+`load_config` fills what depends on the backbone or the objective, checks everything, and reports all mistakes at
+once as plain sentences. What it returns is resolved: `to_yaml` writes every value that the run uses, and loading
+that text gives the same tree again.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class ModelSection(Section):
     hidden_size: Positive = Field(description="width of the residual stream (channels)")
     num_hidden_layers: Positive = Field(description="number of blocks (layers)")
     direction: Literal["causal", "bidirectional"] = Field(
-        default="bidirectional", description="whether a token sees only what precedes it or both sides"
+        description="whether a token sees only what precedes it or both sides; null = causal for the objective ar, "
+        "else bidirectional"
     )
     tie_directions: bool = Field(
         default=False, description="rwkv7, bidirectional: one set of weights for both scan directions"
@@ -192,19 +193,34 @@ class ModelSection(Section):
 
 
 class ObjectiveSection(Section):
-    """What is hidden, what is predicted and how it is weighed."""
+    """What is hidden, what is predicted and how it is weighed. Keys of the other objective must stay null."""
 
-    name: Literal["mdlm"] = Field(
+    name: Literal["mdlm", "ar"] = Field(
         default="mdlm",
-        description="mdlm: absorbing-state masked diffusion with the unbiased bound as its loss",
+        description="mdlm: absorbing-state masked diffusion with the unbiased bound as its loss; ar: causal language "
+        "modelling with the exact negative log-likelihood as its loss",
     )
-    schedule: Literal["linear", "cosine"] = Field(
-        default="linear", description="share of hidden tokens as a function of time"
+    schedule: Literal["linear", "cosine"] | None = Field(
+        default=None, description="mdlm: share of hidden tokens as a function of time; null = linear"
     )
-    masking: Literal["exact", "bernoulli"] = Field(
-        default="exact",
-        description="exact: a drawn number of tokens is hidden; bernoulli: each token by itself (LLaDA)",
+    masking: Literal["exact", "bernoulli"] | None = Field(
+        default=None,
+        description="mdlm: exact: a drawn number of tokens is hidden; bernoulli: each token by itself (LLaDA); "
+        "null = exact",
     )
+
+    def settings(self) -> dict[str, Any]:
+        """What the objective is made with: its own keys that are set."""
+        values = {name: getattr(self, name) for name in ("schedule", "masking")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def contradictions(self) -> Iterator[Mistake]:
+        for name in ("schedule", "masking"):
+            value = getattr(self, name)
+            if self.name != "mdlm" and value is not None:
+                yield about(
+                    f"objective.{name}", value, f"a key of mdlm only, and objective.name is {self.name}: remove it"
+                )
 
 
 class SourceSection(Section):
@@ -227,7 +243,8 @@ class DataSection(Section):
         default=None, description="tokens per row; null = that of the training data"
     )
     random_length_prob: Fraction = Field(
-        default=0.01, description="share of samples cut to a length drawn uniformly from 1 to sequence_length"
+        description="share of samples cut to a length drawn uniformly from 1 to sequence_length; null = 0.01, for the "
+        "objective ar 0"
     )
     isolate_documents: bool = Field(default=False, description="tokens see only their own document within a packed row")
     skip: tuple[tuple[NonNegative, Positive], ...] = Field(
@@ -417,7 +434,7 @@ _OTHER_NAMES = {
 
 
 class RunConfig(Section):
-    """A whole run. Build it with `load_config`, which also fills the defaults that depend on the backbone."""
+    """A whole run. Build it with `load_config`, which also fills the defaults that depend on other values."""
 
     run: RunSection = Field(description="where the run lives")
     model: ModelSection = Field(description="the network")
@@ -441,7 +458,7 @@ class RunConfig(Section):
 
     @classmethod
     def contradictions_across(cls, parts: Mapping[str, Any]) -> Iterator[Mistake]:
-        for check in (_evaluation_has_data, _warmup_ends, _deepspeed_is_free):
+        for check in (_evaluation_has_data, _objective_fits, _warmup_ends, _deepspeed_is_free):
             yield from check(parts)
 
 
@@ -450,6 +467,21 @@ def _evaluation_has_data(parts: Mapping[str, Any]) -> Iterator[Mistake]:
         every = parts["train"].eval_every
         if every is not None and parts["data"].validation is None:
             yield about("train.eval_every", every, "expected null, since data.validation is not given")
+
+
+def _objective_fits(parts: Mapping[str, Any]) -> Iterator[Mistake]:
+    if "objective" not in parts or parts["objective"].name != "ar":
+        return
+    if "model" in parts and parts["model"].direction != "causal":
+        yield about(
+            "model.direction",
+            parts["model"].direction,
+            "expected causal, since objective.name is ar: a model that sees the next token has nothing to predict",
+        )
+    if "train" in parts and parts["train"].eval_draws > 1:
+        yield about(
+            "train.eval_draws", parts["train"].eval_draws, "expected 1, since the objective ar has nothing to draw"
+        )
 
 
 def _warmup_ends(parts: Mapping[str, Any]) -> Iterator[Mistake]:
@@ -507,14 +539,20 @@ def resolve_batch(train: TrainSection, world_size: int) -> BatchPlan:
     return BatchPlan(total, micro, accumulation)
 
 
-def default_values(backbone: object, optimizer: object, model: Mapping[str, Any]) -> dict[str, Any]:
+def default_values(backbone: object, optimizer: object, objective: object, model: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults that hang on other values, by full key.
 
+    ar cuts no rows: a causal model meets every length in each of them.
     rwkv7: BlinkDL's recipe for x070 (RWKV-LM). qwen3: the usual AdamW of language models. Lion: Chen et al.,
     "Symbolic Discovery of Optimization Algorithms", 2023: its second beta and a learning rate several times
     smaller than AdamW's.
     """
     values: dict[str, Any] = {"optimizer.lr": 6e-4, "optimizer.betas": [0.9, 0.99], "optimizer.eps": 1e-18}
+    if objective == "ar":
+        values |= {"model.direction": "causal", "data.random_length_prob": 0.0}
+    else:
+        values |= {"model.direction": "bidirectional", "data.random_length_prob": 0.01}
+        values |= {"objective.schedule": "linear", "objective.masking": "exact"}
     if backbone == "rwkv7":
         values["model.head_size"] = 64
     if backbone == "qwen3":
@@ -564,8 +602,11 @@ def _fill_defaults(tree: dict[str, Any]) -> None:
         if name != "strict" and tree.get(name) is None:
             tree[name] = {}
     # A section that is no mapping is reported later; the defaults of the others do not wait for it.
-    model, optimizer = (tree[name] if isinstance(tree[name], dict) else {} for name in ("model", "optimizer"))
-    for key, value in default_values(model.get("backbone"), optimizer.get("name"), model).items():
+    model, optimizer, objective = (
+        tree[name] if isinstance(tree[name], dict) else {} for name in ("model", "optimizer", "objective")
+    )
+    defaults = default_values(model.get("backbone"), optimizer.get("name"), objective.get("name"), model)
+    for key, value in defaults.items():
         section, name = key.split(".")
         if isinstance(tree[section], dict) and tree[section].get(name) is None:
             tree[section][name] = value

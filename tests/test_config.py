@@ -21,6 +21,7 @@ data: {train: [{path: shards}]}
 train: {max_steps: 10, global_batch_size: 8, micro_batch_size: 2}
 """
 QWEN3 = RWKV7.replace("rwkv7,", "qwen3, num_attention_heads: 4,")
+AR = ["objective.name=ar"]
 
 
 @pytest.fixture
@@ -61,6 +62,17 @@ def test_given_values_and_null_beat_and_take_defaults(write):
     config = load_config(write(QWEN3), ["optimizer.eps=1e-6", "optimizer.betas=null", "optimizer.name=lion8bit"])
     assert config.optimizer.eps == 1e-6
     assert config.optimizer.betas == (0.9, 0.99)
+
+
+@pytest.mark.parametrize("backbone", [RWKV7, QWEN3])
+def test_defaults_by_objective(write, backbone):
+    mdlm, ar = load_config(write(backbone)), load_config(write(backbone), ["objective.name=ar"])
+    assert (mdlm.objective.name, mdlm.model.direction, mdlm.data.random_length_prob) == ("mdlm", "bidirectional", 0.01)
+    assert mdlm.objective.settings() == {"schedule": "linear", "masking": "exact"}
+    assert (ar.model.direction, ar.data.random_length_prob, ar.objective.settings()) == ("causal", 0.0, {})
+    for config in (mdlm, ar):
+        assert load_config(write(to_yaml(config))) == config
+    assert load_config(write(backbone), ["objective.name=ar", "data.random_length_prob=0.5"]).data.random_length_prob
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E+2", 100.0), ("3", 3.0), (".5e-1", 0.05)])
@@ -176,6 +188,12 @@ def test_the_nearest_key(write, key, nearest):
     [
         (RWKV7, ["model.num_attention_heads=4"], "model.num_attention_heads is 4: a key of qwen3 only"),
         (QWEN3, ["model.head_size=32"], "model.head_size is 32: a key of rwkv7 only"),
+        (RWKV7, [*AR, "model.direction=bidirectional"], 'model.direction is "bidirectional": expected causal, since'),
+        (QWEN3, [*AR, "model.direction=bidirectional"], 'model.direction is "bidirectional": expected causal, since'),
+        (RWKV7, [*AR, "objective.schedule=linear"], 'objective.schedule is "linear": a key of mdlm only, and obj'),
+        (RWKV7, [*AR, "objective.masking=exact"], 'objective.masking is "exact": a key of mdlm only, and obj'),
+        (RWKV7, [*AR, "train.eval_draws=4"], "train.eval_draws is 4: expected 1, since the objective ar"),
+        (RWKV7, ["objective.name=arr"], 'objective.name is "arr": expected mdlm or ar'),
         (QWEN3, ["model.tie_directions=true"], "model.tie_directions is true: expected false, since only rwkv7"),
         (RWKV7, ["model.tie_directions=true", "model.direction=causal"], "since model.direction is causal"),
         (QWEN3, ["model.num_key_value_heads=3"], "expected a divisor of model.num_attention_heads = 4"),

@@ -43,7 +43,7 @@ def held_out_batch(source: Source, samples: NDArray[np.int64], draws: int, isola
     """The corrupted held-out rows of `samples` [B]; sample i * draws + d is draw d of row i."""
     objective = MaskedDiffusion(
         seed=EVALUATION_SEED,
-        vocabulary=Vocabulary(source.mask_id),
+        vocabulary=Vocabulary(source.mask_id, source.eos_id),
         isolate_documents=isolate_documents,
     )
     rows = source.read(samples // draws)

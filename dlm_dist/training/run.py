@@ -222,11 +222,10 @@ def _build_model(
 def _objective(config: RunConfig, source: Source) -> Objective:
     return OBJECTIVES[config.objective.name](
         seed=config.run.seed,
-        vocabulary=Vocabulary(source.mask_id, source.token_bytes),
-        schedule=config.objective.schedule,
-        masking=config.objective.masking,
+        vocabulary=Vocabulary(source.mask_id, source.eos_id, source.token_bytes),
         random_length_prob=config.data.random_length_prob,
         isolate_documents=config.data.isolate_documents,
+        **config.objective.settings(),
     )
 
 

@@ -15,7 +15,7 @@ from dlm_dist.diffusion.corruption import (
 from dlm_dist.diffusion.objectives import MaskedDiffusion, Vocabulary
 from dlm_dist.diffusion.schedules import SCHEDULES
 
-MASK = 99
+MASK, EOS = 99, 50
 
 
 def rows_at(positions, length=16, vocabulary=50):
@@ -143,7 +143,7 @@ def test_stratified_exact_counts_lower_the_spread_of_a_batch_loss():
 
 
 def objective(**settings):
-    return MaskedDiffusion(seed=1, vocabulary=Vocabulary(MASK, np.arange(50)), **settings)
+    return MaskedDiffusion(seed=1, vocabulary=Vocabulary(MASK, EOS, np.arange(50)), **settings)
 
 
 FIELDS = ("inputs", "targets", "weights", "times", "lengths", "positions")
@@ -186,7 +186,7 @@ def test_every_epoch_and_every_seed_draws_other_noise():
     rows = rows_at(np.arange(64))
     again = replace(rows, positions=rows.positions + 64)
     first, second = objective().corrupt(rows), objective().corrupt(again)
-    other_seed = MaskedDiffusion(seed=2, vocabulary=Vocabulary(MASK)).corrupt(rows)
+    other_seed = MaskedDiffusion(seed=2, vocabulary=Vocabulary(MASK, EOS)).corrupt(rows)
     for batch in (second, other_seed):
         assert not (batch.times == first.times).any()
         assert (batch.masks != first.masks).mean() > 0.2
