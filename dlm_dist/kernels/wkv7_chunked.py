@@ -73,10 +73,11 @@ def wkv7_reference(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence token by token, as the module's docstring writes it: slow, and the measure of the others.
+    """The recurrence token by token, as the module's docstring writes it: the measure of the others, and the faster
+    way through a few tokens.
 
-    Shapes as in `wkv7_chunked`; computes in the dtype of v (give float64 for a reference). Returns out
-    [B, T, H, N] and the final states [D or B, H, N, N]; autograd runs through it.
+    Shapes and dtypes as in `wkv7_chunked` (give float64 for a reference). Returns out [B, T, H, N] and the final
+    states [D or B, H, N, N]; autograd runs through it.
     """
     check_shapes(r, log_w, k, v, a, b, initial_state, cu_seqlens)
     if cu_seqlens is not None:
@@ -89,14 +90,17 @@ def wkv7_reference(
             states.append(state)
         return torch.cat(outs, 1), torch.cat(states, 0)
     batch, length, heads, size = r.shape
-    state = v.new_zeros(batch, heads, size, size) if initial_state is None else initial_state.to(v.dtype)
+    dtype, out_dtype = _compute_dtype(v), v.dtype
+    r, log_w, k, v, a, b = (x.to(dtype) for x in (r, log_w, k, v, a, b))
+    state = v.new_zeros(batch, heads, size, size) if initial_state is None else initial_state.to(dtype)
     outs = []
     for t in range(length):
         u = torch.einsum("bhkv,bhk->bhv", state, a[:, t])
         state = log_w[:, t].exp().unsqueeze(-1) * state
         state = state + b[:, t].unsqueeze(-1) * u.unsqueeze(-2) + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
         outs.append(torch.einsum("bhkv,bhk->bhv", state, r[:, t]))
-    return torch.stack(outs, 1) if outs else torch.zeros_like(v), state
+    out = torch.stack(outs, 1) if outs else torch.zeros_like(v)
+    return out.to(out_dtype), state
 
 
 def check_shapes(

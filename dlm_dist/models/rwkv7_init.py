@@ -25,6 +25,7 @@ class InitSizes:
     hidden_size: int
     head_size: int
     direction_gate_init: float = 0.0
+    seed_gate_init: float = 0.0
 
 
 # Exponents e of the token-shift weights: x_s = 1 - (i / C) ** (e * (1 - l / L)).
@@ -35,12 +36,12 @@ _ORTHOGONAL_GAINS = {
     "att.key.weight": 0.1,
     "ffn.key.weight": 1.0,
 }
-_ZERO = {"att.output.weight", "ffn.value.weight", "direction_gate.weight", "ln_x.bias"}
+_ZERO = {"att.output.weight", "ffn.value.weight", "att.direction_gate.weight", "att.ln_x.bias"}
 _LAYER_NORM = re.compile(r"ln(0|1|2|_out)\.(weight|bias)$")
 
 
 def initial_value(name: str, shape: torch.Size, sizes: InitSizes, seed: int) -> Tensor:
-    """The fp32 initial value of the parameter `name` (BlinkDL's names; `att_b` is the backward `att`) on the CPU."""
+    """The fp32 initial value of the parameter `name` (BlinkDL's names, and those of `TimeMix`) on the CPU."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "init", name))
     if name == "emb.weight":
         return torch.empty(shape).uniform_(-1e-4, 1e-4, generator=generator)
@@ -51,7 +52,7 @@ def initial_value(name: str, shape: torch.Size, sizes: InitSizes, seed: int) -> 
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
     assert match, f"no initial value is known for {name}"
-    return _block_value(match[2].replace("att_b.", "att."), int(match[1]), shape, sizes, generator)
+    return _block_value(match[2].replace("att.backward_mix.", "att."), int(match[1]), shape, sizes, generator)
 
 
 def _block_value(name: str, layer: int, shape: torch.Size, sizes: InitSizes, generator: torch.Generator) -> Tensor:
@@ -79,12 +80,12 @@ def _block_value(name: str, layer: int, shape: torch.Size, sizes: InitSizes, gen
         value = 0.73 - 0.4 * linear
     elif kind == "k_k":
         value = 0.71 - 0.1 * linear
-    elif kind in ("k_a", "r_k", "direction_gate.bias"):
-        constants = {"k_a": 1.02, "r_k": -0.04, "direction_gate.bias": sizes.direction_gate_init}
-        return torch.full(shape, constants[kind])
+    elif kind in ("k_a", "r_k", "direction_gate.bias", "seed_gate"):
+        gates = {"direction_gate.bias": sizes.direction_gate_init, "seed_gate": sizes.seed_gate_init}
+        return torch.full(shape, ({"k_a": 1.02, "r_k": -0.04} | gates)[kind])
     elif kind == "ln_x.weight":
         return torch.full(shape, ((layer + 1) / sizes.num_layers) ** 0.7)
-    elif kind in ("w1", "a1", "v1", "g1") or kind in _ZERO or name in _ZERO:
+    elif kind in ("w1", "a1", "v1", "g1") or name in _ZERO:
         return torch.zeros(shape)
     elif kind in ("w2", "a2", "v2", "g2"):
         return _orthogonal(shape, 0.1 * math.sqrt(max(1.0, shape[0] / shape[1])), generator)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlm_dist.kernels import rwkv7_elementwise as elementwise
 from dlm_dist.kernels import wkv7 as backends
 from dlm_dist.kernels.wkv7 import LOG_DECAY_BOUND, wkv7, wkv7_chunked, wkv7_reference
 
@@ -199,7 +200,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[int, str | None]:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(backends, "_versions", lambda: {"torch": "2.13.0", "triton": "3.5.0"})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretended GPU")
-    monkeypatch.setattr(backends, "_self_test", lambda device, chunk: outcome[chunk])
+    monkeypatch.setattr(backends, "_self_test", lambda device, size, chunk: outcome[chunk])
+    monkeypatch.setattr(backends, "_helpers", lambda device, size: dict.fromkeys(elementwise.STEPS, "fla"))
     return outcome
 
 
@@ -209,9 +211,27 @@ def test_backend_is_fla_where_it_is_right(pretended_gpu: dict[int, str | None]) 
         chosen = backends.select_backend("cuda:0", strict=True)
     assert (chosen.name, chosen.chunk_size) == ("fla", 64)
     assert backends.fallback(torch.device("cuda:0")) is None
-    report = backends.backend_report()["cuda:0"]
-    assert report["name"] == "fla"
-    assert "torch" in report["versions"]
+    assert "torch" in chosen.versions
+    assert set(chosen.helpers.values()) == {"fla"}
+
+
+def test_each_head_size_is_tested_by_itself(pretended_gpu: dict[int, str | None]) -> None:
+    first = backends.select_backend("cuda:0", 64)
+    pretended_gpu[64] = "wrong by 0.5 in d_b"
+    with pytest.warns(RuntimeWarning, match="chunk 16"):
+        assert backends.select_backend("cuda:0", 128).chunk_size == 16
+    assert backends.select_backend("cuda:0", 64) is first
+
+
+def test_a_helper_that_fails_is_told_and_not_used(
+    pretended_gpu: dict[int, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = dict.fromkeys(elementwise.STEPS, "fla") | {"mixes": "wrong by 1 in gradient 0"}
+    monkeypatch.setattr(backends, "_helpers", lambda device, size: broken)
+    with pytest.warns(RuntimeWarning, match="mixes in plain PyTorch: wrong by 1 in gradient 0"):
+        assert backends.select_backend("cuda:0").name == "fla"
+    with pytest.raises(RuntimeError, match="mixes"):
+        backends.select_backend("cuda:0", strict=True)
 
 
 def test_backend_falls_back_with_one_warning_or_fails_when_strict(pretended_gpu: dict[int, str | None]) -> None:
@@ -241,7 +261,54 @@ def test_an_old_triton_is_never_reported_as_chunk_64(
 def test_cpu_backend_is_reported() -> None:
     assert backends.select_backend("cpu", strict=True).name == "pytorch"
     assert backends.fallback(torch.device("cpu")) is None
-    assert backends.backend_report()["cpu"]["name"] == "pytorch"
+    assert not backends.fused_steps(torch.zeros(1, dtype=torch.bfloat16), 64, "auto")
+
+
+def test_a_kernel_that_cannot_run_is_refused_by_name(pretended_gpu: dict[int, str | None]) -> None:
+    backends.check_kernel("auto", "cpu", torch.float32, 64)
+    backends.check_kernel("fla", "cuda:0", torch.bfloat16, 64)
+    with pytest.raises(ValueError, match="'flash' does not exist: choose one of auto, fla, pytorch"):
+        backends.check_kernel("flash", "cpu", torch.float32, 64)
+    with pytest.raises(ValueError, match="needs a CUDA device, and this is cpu"):
+        backends.check_kernel("fla", "cpu", torch.bfloat16, 64)
+    with pytest.raises(ValueError, match="takes 16-bit numbers, and these are float32"):
+        backends.check_kernel("fla", "cuda:0", torch.float32, 64)
+    pretended_gpu.update({64: "CompilationError: no", 16: "CompilationError: no"})
+    message = "head size 48 it was not chosen: .*CompilationError"
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=message):
+        backends.check_kernel("fla", "cuda:0", torch.bfloat16, 48)
+
+
+def test_a_few_tokens_go_through_the_token_loop_and_agree() -> None:
+    drawn = operands("random", 2, 3, 2)
+    want, want_state = wkv7_chunked(*drawn[:7])
+    with torch.no_grad():
+        out, state = wkv7(*drawn[:7])
+    torch.testing.assert_close(out, want.to(out.dtype))
+    torch.testing.assert_close(state, want_state)
+
+
+def test_the_errors_of_a_step_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test of the elementwise steps, with a fused form that overwrites what others kept."""
+
+    class Overwriting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, difference, *weights):
+            ctx.kept = (x, difference, weights)
+            return tuple(torch.addcmul(x, difference, mu) for mu in weights)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            x, difference, weights = ctx.kept
+            d_difference = sum(g * mu for g, mu in zip(grads, weights, strict=True))
+            d_weights = [(g * difference).sum((0, 1), keepdim=True) for g in grads]
+            x.data.copy_(sum(grads))
+            return x.clone(), d_difference, *d_weights
+
+    monkeypatch.setattr(elementwise, "_FusedMixes", Overwriting)
+    found = elementwise.self_test_errors("mixes", torch.device("cpu"), 16)
+    assert found["gradient 0"] > 0.1, "x * x saw the overwritten x"
+    assert found["result 3"] < 1e-6
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -252,6 +319,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_gpu_fla_passes_its_self_test() -> None:
     chosen = backends.select_backend("cuda")
     assert chosen.name == "fla", chosen.reason
+    assert set(chosen.helpers.values()) == {"fla"}, chosen.helpers
 
 
 @pytest.mark.gpu

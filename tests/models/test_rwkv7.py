@@ -14,14 +14,19 @@ from dlm_dist.models.rwkv7 import (
     RWKV7Config,
     RWKV7ForDiffusion,
     TimeMix,
-    default_lora_ranks,
+    lora_ranks,
 )
+from dlm_dist.models.rwkv7_layers import DepthSeed, Documents
 
 V, C, N, L = 61, 64, 16, 3
 KINDS = {
     "causal": {"direction": "causal"},
     "tied": {"direction": "bidirectional", "tie_directions": True},
     "separate": {"direction": "bidirectional", "tie_directions": False, "direction_gate_init": 4.0},
+    "alternate": {"direction": "alternate"},
+    "seed": {"direction": "dw_jrt", "dw_jrt_scale": 2.0},
+    "gated seed": {"direction": "dw_jrt", "dw_jrt_gate": True},
+    "inject": {"direction": "dw_jrt", "dw_jrt_variant": "inject", "dw_jrt_scale": 0.5},
 }
 
 
@@ -51,10 +56,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (x - x.mean()) / torch.sqrt(x.var(unbiased=False) + 1e-5) * weight + bias
 
 
-def time_mix(p: dict[str, Tensor], xs: list[Tensor], v_firsts: list[Tensor] | None) -> tuple[list, list]:
+def time_mix(
+    p: dict[str, Tensor], xs: list[Tensor], v_firsts: list[Tensor] | None, start: Tensor | None, leak: Tensor | None
+) -> tuple[list, list, Tensor]:
     """All tokens of one document through one time mix; `p` holds its parameters without their prefix."""
     heads = C // N
-    state = torch.zeros(heads, N, N, dtype=torch.float64)  # [value, key]
+    state = torch.zeros(heads, N, N, dtype=torch.float64) if start is None else start.clone()  # [value, key]
     last = torch.zeros(C, dtype=torch.float64)
     outs, values = [], []
     for t, x in enumerate(xs):
@@ -78,12 +85,24 @@ def time_mix(p: dict[str, Tensor], xs: list[Tensor], v_firsts: list[Tensor] | No
             kk = kk / max(float(kk.norm()), 1e-12)
             removed = state[h] @ (-kk)
             state[h] = state[h] * w[at] + torch.outer(removed, kk * a[at]) + torch.outer(v[at], k[at])
+            if leak is not None:
+                state[h] = state[h] + leak[h] * (1 - w[at])
             o = state[h] @ r[at]
             o = (o - o.mean()) / torch.sqrt(o.var(unbiased=False) + 64e-5)
             o = o * p["ln_x.weight"][at] + p["ln_x.bias"][at]
             y.append(o + (r[at] * k[at] * p["r_k"][h]).sum() * v[at])
         outs.append(p["output.weight"] @ (torch.cat(y) * g))
-    return outs, values if v_firsts is None else v_firsts
+    return outs, values if v_firsts is None else v_firsts, state
+
+
+def depth_start(config: RWKV7Config, p: dict[str, Tensor], below: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The state that a layer starts from and the one that leaks in, given the final state of the layer below."""
+    if below is None:
+        return None, None
+    if config.dw_jrt_variant == "inject":
+        return config.dw_jrt_scale * below, torch.sigmoid(p["seed_gate"]).view(-1, 1, 1) * below
+    gate = torch.sigmoid(p["seed_gate"]).view(-1, 1, 1) if config.dw_jrt_gate else 1.0
+    return gate * config.dw_jrt_scale * below, None
 
 
 def network(model: RWKV7ForDiffusion, ids: Tensor) -> Tensor:
@@ -94,17 +113,21 @@ def network(model: RWKV7ForDiffusion, ids: Tensor) -> Tensor:
         return {name.removeprefix(prefix): t for name, t in p.items() if name.startswith(prefix)}
 
     xs = [p["emb.weight"][i] for i in ids]
-    first = first_back = None
+    first = first_back = below = None
     for i in range(model.config.num_hidden_layers):
-        b = under(f"blocks.{i}.")
+        b, att = under(f"blocks.{i}."), under(f"blocks.{i}.att.")
         if i == 0:
             xs = [layer_norm(x, b["ln0.weight"], b["ln0.bias"]) for x in xs]
+        turned = model.direction == "alternate" and i % 2 == 1
+        if turned:
+            xs, first = xs[::-1], first[::-1]
         normed = [layer_norm(x, b["ln1.weight"], b["ln1.bias"]) for x in xs]
-        mixed, first = time_mix(under(f"blocks.{i}.att."), normed, first)
+        mixed, first, state = time_mix(att, normed, first, *depth_start(model.config, att, below))
+        below = state if model.direction == "dw_jrt" else None
         if model.direction == "bidirectional":
-            name = "att" if model.config.tie_directions else "att_b"
-            back, first_back = time_mix(under(f"blocks.{i}.{name}."), normed[::-1], first_back)
-            gates = [torch.sigmoid(b["direction_gate.weight"] @ x + b["direction_gate.bias"]) for x in normed]
+            back_weights = att if model.config.tie_directions else under(f"blocks.{i}.att.backward_mix.")
+            back, first_back, _ = time_mix(back_weights, normed[::-1], first_back, None, None)
+            gates = [torch.sigmoid(b["att.direction_gate.weight"] @ x + b["att.direction_gate.bias"]) for x in normed]
             mixed = [g * f + (1 - g) * r for g, f, r in zip(gates, mixed, back[::-1], strict=True)]
         xs = [x + m for x, m in zip(xs, mixed, strict=True)]
         normed = [layer_norm(x, b["ln2.weight"], b["ln2.bias"]) for x in xs]
@@ -112,12 +135,14 @@ def network(model: RWKV7ForDiffusion, ids: Tensor) -> Tensor:
         for t, (x, before) in enumerate(zip(normed, shifted, strict=True)):
             hidden = b["ffn.key.weight"] @ (x + (before - x) * b["ffn.x_k"].flatten())
             xs[t] = xs[t] + b["ffn.value.weight"] @ torch.relu(hidden) ** 2
+        if turned:
+            xs, first = xs[::-1], first[::-1]
     return torch.stack([p["head.weight"] @ layer_norm(x, p["ln_out.weight"], p["ln_out.bias"]) for x in xs])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_follow_the_equations(kind: str) -> None:
-    model, ids = make(kind), tokens(2, 37)
+    model, ids = make(kind), tokens(2, 19)
     want = torch.stack([network(model, row) for row in ids])
     scale = want.abs().max()
     with torch.no_grad():
@@ -160,7 +185,7 @@ def test_other_documents_and_the_truncated_tail_have_no_influence_at_all(kind: s
     assert not gradient[sorted(only_tail)].any()
 
 
-def test_causal_logits_ignore_the_future_and_bidirectional_ones_see_it() -> None:
+def test_causal_logits_ignore_the_future_and_those_of_other_directions_see_it() -> None:
     ids = tokens(1, 40)
     changed = ids.clone()
     changed[0, 20] = (changed[0, 20] + 1) % V
@@ -289,10 +314,13 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
     causal, both = make("causal", trained=False), make("separate", trained=False)
     for name, p in causal.named_parameters():
         assert torch.equal(p, both.get_parameter(name)), name
-    gate = both.blocks[1].direction_gate
+    gate = both.blocks[1].att.direction_gate
     assert not gate.weight.any()
     assert gate.bias.eq(4.0).all()
-    forward, backward = both.blocks[0].att, both.blocks[0].att_b
+    seeded = make("inject", trained=False, dw_jrt_gate_init=-1.5)
+    assert seeded.blocks[2].att.seed_gate.eq(-1.5).all()
+    assert not hasattr(seeded.blocks[0].att, "seed_gate"), "layer 0 has no layer below"
+    forward, backward = both.blocks[0].att, both.blocks[0].att.backward_mix
     assert torch.equal(forward.w0, backward.w0)
     assert not torch.equal(forward.receptance.weight, backward.receptance.weight)
     state = torch.random.get_rng_state()
@@ -304,12 +332,17 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
     assert torch.equal(causal.head.weight, both.head.weight)
 
 
-def test_default_ranks_follow_the_published_table() -> None:
-    table = {768: (64, 64, 32, 128), 1024: (64, 64, 64, 160), 2048: (128, 128, 64, 224), 4096: (160, 160, 96, 320)}
-    for width, ranks in table.items():
-        assert default_lora_ranks(width) == LoraRanks(*ranks)
-    config = RWKV7Config(hidden_size=768, v_low_rank_dim=16)
-    assert config.lora_ranks == LoraRanks(64, 64, 16, 128)
+def test_ranks_follow_the_published_tables() -> None:
+    current = {768: (64, 64, 32, 128), 1024: (64, 64, 64, 160), 2048: (128, 128, 64, 224), 2560: (128, 128, 96, 256)}
+    released = {768: (64, 64, 32, 128), 1024: (64, 64, 32, 160), 2048: (96, 96, 64, 256), 2560: (96, 96, 64, 320)}
+    current[4096], released[4096] = (160, 160, 96, 320), (128, 128, 96, 480)
+    for rule, table in (("current", current), ("released", released)):
+        for width, ranks in table.items():
+            assert lora_ranks(width, rule) == LoraRanks(*ranks)
+    assert RWKV7Config(hidden_size=768, v_low_rank_dim=16).lora_ranks == LoraRanks(64, 64, 16, 128)
+    assert RWKV7Config(hidden_size=4096, low_rank_rule="released").lora_ranks == LoraRanks(128, 128, 96, 480)
+    with pytest.raises(ValueError, match="rank rule"):
+        lora_ranks(768, "newest")
 
 
 def test_a_blinkdl_state_dict_loads_as_it_is() -> None:
@@ -340,11 +373,11 @@ def test_roles_cover_every_parameter(kind: str) -> None:
     by_role = {role: {n for n, r in roles.items() if r == role} for role in set(roles.values())}
     assert by_role["embedding"] == {"emb.weight"}
     assert by_role["head"] == {"head.weight"}
-    mixes = ("att", "att_b") if kind == "separate" else ("att",)
+    mixes = ("att", "att.backward_mix") if kind == "separate" else ("att",)
     assert by_role["decay_base"] == {f"blocks.{i}.{m}.w0" for i in range(L) for m in mixes}
     assert len(by_role["lora"]) == 8 * L * len(mixes)
     assert all(model.get_parameter(n).dim() == 2 and n.endswith(".weight") for n in by_role["matrix"])
-    gates = 0 if kind == "causal" else 1
+    gates = 1 if kind in ("tied", "separate") else 0
     assert len(by_role["matrix"]) == L * (4 * len(mixes) + 2 + gates)
     assert set(by_role) == {"matrix", "embedding", "head", "lora", "vector", "decay_base"}
 
@@ -354,11 +387,13 @@ def test_flops_count_every_weight_of_a_matrix_product_once_per_use(kind: str) ->
     model = make(kind)
     names = {n: p.numel() for n, p in model.named_parameters() if model.parameter_roles()[n] in ("matrix", "lora")}
     used = sum(
-        size * (2 if kind == "tied" and ".att." in name else 1)
+        size * (2 if kind == "tied" and ".att." in name and "gate" not in name else 1)
         for name, size in names.items()
         if not (name.startswith("blocks.0.att") and name.split(".")[-1] in ("v1", "v2"))
     )
-    recurrence = L * 9 * C * N * (1 if kind == "causal" else 2)
+    recurrence = L * 9 * C * N * (2 if kind in ("tied", "separate") else 1)
+    if kind == "inject":
+        recurrence += (L - 1) * (9 + 4) * C * N  # a second scan, and two matrix-vector products per head
     assert model.flops_per_token(1000) == 2 * used + recurrence
     assert model.head_flops_per_row() == 2 * V * C
 
@@ -384,14 +419,14 @@ def test_causal_weights_warm_start_a_bidirectional_model(tmp_path: Path) -> None
     causal = make("causal")
     causal.save_pretrained(tmp_path)
     both = RWKV7ForDiffusion.from_pretrained(tmp_path, direction="bidirectional", direction_gate_init=4.0)
-    gate = both.blocks[0].direction_gate
+    gate = both.blocks[0].att.direction_gate
     assert not gate.weight.any()
     assert gate.bias.eq(4.0).all()
     ids = tokens()
     with torch.no_grad():
         near, mixed = causal(ids).logits, both(ids).logits
         for block in both.blocks:
-            block.direction_gate.bias.fill_(40.0)
+            block.att.direction_gate.bias.fill_(40.0)
         torch.testing.assert_close(both(ids).logits, near, atol=1e-5, rtol=1e-5)
     assert not torch.equal(near, mixed)
 
@@ -423,8 +458,9 @@ def test_bf16_runs_and_keeps_the_decay_in_fp32(kind: str) -> None:
 def test_the_time_mix_stands_alone() -> None:
     first, second = TimeMix(C, head_size=N, num_layers=2), TimeMix(C, N, layer=1, num_layers=2)
     x = torch.randn(2, 10, C, generator=torch.Generator().manual_seed(3))
-    out, v_first = first(x)
+    out, v_first, state = first(x)
     assert out.shape == x.shape
+    assert state.wkv.shape == (2, C // N, N, N)
     assert not out.any(), "the output projection starts at zero"
     torch.nn.init.eye_(second.output.weight)
     assert second(x, v_first)[0].any()
@@ -436,10 +472,68 @@ def test_the_time_mix_stands_alone() -> None:
         TimeMix(C, head_size=24)
 
 
+def test_a_reverse_mix_is_a_causal_one_on_reversed_documents() -> None:
+    forward = TimeMix(C, N, layer=1, num_layers=2, seed=3)
+    backward = TimeMix(C, N, layer=1, num_layers=2, seed=3, direction="reverse")
+    both = TimeMix(C, N, layer=1, num_layers=2, seed=3, direction="bidirectional", gate_init=-1.0)
+    for mix in (forward, backward, both):
+        torch.nn.init.eye_(mix.output.weight)
+    x, v_first = torch.randn(2, 1, 10, C, generator=torch.Generator().manual_seed(3))
+    documents = Documents.from_ids(torch.tensor([[0] * 4 + [1] * 6]))
+    turned = [torch.cat([t[:, :4].flip(1), t[:, 4:].flip(1)], 1) for t in (x, v_first)]
+    want = forward(*turned, documents).out
+    want = torch.cat([want[:, :4].flip(1), want[:, 4:].flip(1)], 1)
+    torch.testing.assert_close(backward(x, v_first, documents).out, want)
+    doubled = torch.cat([v_first, turned[1]], 1)
+    alpha = torch.sigmoid(torch.tensor(-1.0))
+    mixed = alpha * forward(x, v_first, documents).out + (1 - alpha) * want
+    torch.testing.assert_close(both(x, doubled, documents).out, mixed)
+    with pytest.raises(ValueError, match="causal, reverse, bidirectional"):
+        TimeMix(C, N, direction="alternate")
+    with pytest.raises(ValueError, match="depth_seed needs direction 'causal'"):
+        TimeMix(C, N, layer=1, num_layers=2, direction="reverse", depth_seed=DepthSeed())
+    with pytest.raises(ValueError, match="layer below"):
+        forward(x, v_first, below=torch.zeros(1, C // N, N, N))
+    with pytest.raises(ValueError, match="go on from"):
+        backward(x, v_first, resume=forward(x, v_first).state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_incremental_logits_are_those_of_one_pass(dtype: torch.dtype) -> None:
+    model, ids = make().to(dtype), tokens(2, 40)
+    with torch.no_grad():
+        want = model(ids).logits
+        state, parts = None, []
+        # A prompt, single tokens, a few at once: whatever the cuts, the state carries on.
+        for cut in ids.split([23, 1, 1, 1, 7, 1, 6], 1):
+            logits, state = model.incremental(cut, state)
+            parts.append(logits)
+    got = torch.cat(parts, 1)
+    bounds = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
+    assert (got - want).abs().max() / want.abs().max() < bounds[dtype]
+    assert all(s.att.wkv.shape == (2, C // N, N, N) and s.ffn_previous.shape == (2, C) for s in state)
+    for kind in ("tied", "alternate", "seed"):
+        with pytest.raises(ValueError, match="sees later tokens"):
+            make(kind).incremental(ids)
+
+
+def test_the_kernel_is_chosen_by_name() -> None:
+    model, ids = make(), tokens()
+    model.set_kernel("pytorch")
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
+        model.set_kernel("fla")
+        with pytest.raises(ValueError, match="fla cannot run here: it needs a CUDA device"):
+            model(ids)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"direction": "alternat"}, "alternat"),
+        ({"direction": "dw_jrt", "dw_jrt_variant": "leak"}, "seed or inject"),
+        ({"direction": "dw_jrt", "dw_jrt_variant": "inject", "dw_jrt_gate": True}, "always has a gate"),
+        ({"low_rank_rule": "old"}, "current, released"),
         ({"head_size": 48}, "multiple of head_size"),
         ({"mask_token_id": V}, "outside the vocabulary"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
