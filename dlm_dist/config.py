@@ -52,11 +52,17 @@ class RunSection(Section):
 _BACKBONE_KEYS: dict[str, tuple[str, ...]] = {
     "rwkv7": (
         "head_size",
+        "low_rank_rule",
         "decay_low_rank_dim",
         "a_low_rank_dim",
         "v_low_rank_dim",
         "gate_low_rank_dim",
         "direction_gate_init",
+        "dw_jrt_variant",
+        "dw_jrt_scale",
+        "dw_jrt_gate",
+        "dw_jrt_gate_init",
+        "wkv7_kernel",
     ),
     "qwen3": (
         "intermediate_size",
@@ -85,9 +91,10 @@ class ModelSection(Section):
     )
     hidden_size: Positive = Field(description="width of the residual stream (channels)")
     num_hidden_layers: Positive = Field(description="number of blocks (layers)")
-    direction: Literal["causal", "bidirectional"] = Field(
-        description="whether a token sees only what precedes it or both sides; null = causal for the objective ar, "
-        "else bidirectional"
+    direction: Literal["causal", "bidirectional", "alternate", "dw_jrt"] = Field(
+        description="what a token sees. causal: what precedes it; bidirectional: both sides; rwkv7 alone: alternate "
+        "(every second layer scans backwards), dw_jrt (each layer starts from the final state of the one below); null = "
+        "causal for the objective ar, else bidirectional",
     )
     tie_directions: bool = Field(
         default=False, description="rwkv7, bidirectional: one set of weights for both scan directions"
@@ -97,6 +104,27 @@ class ModelSection(Section):
         description="rwkv7, bidirectional: initial bias of the gate between the scans; null = 0, both weigh alike; "
         "4 = 98 % forward, for a start from causal weights",
     )
+    dw_jrt_variant: Literal["seed", "inject"] | None = Field(
+        default=None,
+        description="rwkv7, dw_jrt: seed: the state below is the initial state; inject: it also leaks in at every "
+        "token; null = seed",
+    )
+    dw_jrt_scale: float | None = Field(
+        default=None, description="rwkv7, dw_jrt: factor of the state below as initial state; null = 1"
+    )
+    dw_jrt_gate: bool | None = Field(
+        default=None,
+        description="rwkv7, dw_jrt, seed: a learned gate per head on the initial state (inject always has one); "
+        "null = false",
+    )
+    dw_jrt_gate_init: float | None = Field(
+        default=None, description="rwkv7, dw_jrt: initial logit of that gate; null = -2 (12 % open)"
+    )
+    wkv7_kernel: Literal["auto", "fla", "pytorch"] | None = Field(
+        default=None,
+        description="rwkv7: what computes the recurrence. auto: fla's Triton kernel where its self-test passes, else "
+        "ours; fla: that one or an error; pytorch: ours; null = auto",
+    )
     gradient_checkpointing: bool = Field(
         default=False,
         description="recompute each block in the backward pass: less memory, about a third more time",
@@ -104,17 +132,22 @@ class ModelSection(Section):
     head_size: Positive | None = Field(
         default=None, description="rwkv7: channels per head; divides hidden_size; null = 64"
     )
+    low_rank_rule: Literal["current", "released"] | None = Field(
+        default=None,
+        description="rwkv7: how ranks follow from hidden_size: as in BlinkDL's trainer, or as in his released 0.1B to "
+        "2.9B checkpoints; null = current, or with init_from the ranks found there",
+    )
     decay_low_rank_dim: Positive | None = Field(
-        default=None, description="rwkv7: rank of the decay's low-rank map; null = by hidden_size"
+        default=None, description="rwkv7: rank of the decay's low-rank map; null = by low_rank_rule"
     )
     a_low_rank_dim: Positive | None = Field(
-        default=None, description="rwkv7: rank of the in-context learning rate's map; null = by hidden_size"
+        default=None, description="rwkv7: rank of the in-context learning rate's map; null = by low_rank_rule"
     )
     v_low_rank_dim: Positive | None = Field(
-        default=None, description="rwkv7: rank of the value residual's map; null = by hidden_size"
+        default=None, description="rwkv7: rank of the value residual's map; null = by low_rank_rule"
     )
     gate_low_rank_dim: Positive | None = Field(
-        default=None, description="rwkv7: rank of the output gate's map; null = by hidden_size"
+        default=None, description="rwkv7: rank of the output gate's map; null = by low_rank_rule"
     )
     intermediate_size: Positive | None = Field(
         default=None, description="qwen3: width of the MLP (channels); null = 3 * hidden_size"
@@ -137,7 +170,7 @@ class ModelSection(Section):
         """What the backbone is built from: the shared sizes and this backbone's own that are set."""
         shared = ("vocab_size", "hidden_size", "num_hidden_layers", "direction")
         own = _BACKBONE_KEYS[self.backbone] + (("tie_directions",) if self.backbone == "rwkv7" else ())
-        values = {name: getattr(self, name) for name in (*shared, *own)}
+        values = {name: getattr(self, name) for name in (*shared, *own) if name != "wkv7_kernel"}
         return {name: value for name, value in values.items() if value is not None}
 
     def contradictions(self) -> Iterator[Mistake]:
@@ -161,16 +194,29 @@ class ModelSection(Section):
                 self.hidden_size,
                 f"expected a multiple of model.head_size = {self.head_size}",
             )
-        if self.direction_gate_init is not None and self.direction == "causal":
+        for direction, names in (
+            ("bidirectional", ("tie_directions", "direction_gate_init")),
+            ("dw_jrt", ("dw_jrt_variant", "dw_jrt_scale", "dw_jrt_gate", "dw_jrt_gate_init")),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if direction != self.direction and value not in (None, False):
+                    yield about(
+                        f"model.{name}",
+                        value,
+                        f"a key of direction {direction} only, and model.direction is {self.direction}: remove it",
+                    )
+        if self.dw_jrt_gate and self.dw_jrt_variant == "inject":
+            yield about("model.dw_jrt_gate", True, "expected null, since the variant inject always has a gate")
+        gated = self.dw_jrt_gate or self.dw_jrt_variant == "inject"
+        if self.direction == "dw_jrt" and self.dw_jrt_gate_init is not None and not gated:
             yield about(
-                "model.direction_gate_init",
-                self.direction_gate_init,
-                "expected null, since model.direction is causal: there is one scan and no gate",
+                "model.dw_jrt_gate_init", self.dw_jrt_gate_init, "expected null, or model.dw_jrt_gate true: no gate"
             )
-        if self.tie_directions and self.direction == "causal":
-            yield about("model.tie_directions", True, "expected false, since model.direction is causal: one scan only")
 
     def _qwen3(self) -> Iterator[Mistake]:
+        if self.direction not in ("causal", "bidirectional"):
+            yield about("model.direction", self.direction, "a scan of rwkv7; qwen3 knows causal and bidirectional")
         if self.tie_directions:
             yield about("model.tie_directions", True, "expected false, since only rwkv7 has scan directions")
         if self.num_attention_heads is None:
@@ -554,7 +600,7 @@ def default_values(backbone: object, optimizer: object, objective: object, model
         values |= {"model.direction": "bidirectional", "data.random_length_prob": 0.01}
         values |= {"objective.schedule": "linear", "objective.masking": "exact"}
     if backbone == "rwkv7":
-        values["model.head_size"] = 64
+        values |= {"model.head_size": 64, "model.wkv7_kernel": "auto"}
     if backbone == "qwen3":
         values |= {"optimizer.lr": 3e-4, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8}
         values |= {"model.head_dim": 128, "model.tie_word_embeddings": False}

@@ -159,33 +159,34 @@ def _with_index(device: torch.device | str) -> torch.device:
 
 def _choose(device: torch.device, head_size: int) -> Backend:
     if device.type != "cuda":
-        return Backend("pytorch", None, device.type, _versions(), "no CUDA device")
+        return Backend("pytorch", None, device.type, versions(), "no CUDA device")
     name = torch.cuda.get_device_name(device)
     missing = [package for package in ("triton", "fla") if importlib.util.find_spec(package) is None]
     if missing:
-        return Backend("pytorch", None, name, _versions(), f"{' and '.join(missing)} not installed")
+        return Backend("pytorch", None, name, versions(), f"{' and '.join(missing)} not installed")
     failures: list[str] = []
     for chunk_size in _FLA_CHUNKS:
         # With an older Triton fla computes with 16 whatever it is asked for; the report must not say 64 then.
-        if chunk_size > 16 and Version(_versions()["triton"]) < Version("3.4"):
-            failures.append(f"fla at chunk {chunk_size}: needs Triton 3.4, this is {_versions()['triton']}")
+        if chunk_size > 16 and Version(versions()["triton"]) < Version("3.4"):
+            failures.append(f"fla at chunk {chunk_size}: needs Triton 3.4, this is {versions()['triton']}")
             continue
         failure = _self_test(device, head_size, chunk_size)
         if failure is None:
             reason = "; ".join(failures) or "self-test passed"
-            return Backend("fla", chunk_size, name, _versions(), reason, _helpers(device, head_size))
+            return Backend("fla", chunk_size, name, versions(), reason, _helpers(device, head_size))
         failures.append(f"fla at chunk {chunk_size}: {failure}")
-    return Backend("pytorch", None, name, _versions(), "; ".join(failures))
+    return Backend("pytorch", None, name, versions(), "; ".join(failures))
 
 
-def _versions() -> dict[str, str]:
-    versions = {"torch": str(torch.__version__)}
+def versions() -> dict[str, str]:
+    """The versions that the result of a kernel may depend on."""
+    found = {"torch": str(torch.__version__)}
     for package in ("triton", "flash-linear-attention", "fla-core"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def _fla_wkv7(

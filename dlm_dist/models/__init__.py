@@ -103,6 +103,13 @@ def load(path: str | Path, dtype: torch.dtype | None = None, revision: str | Non
     return model.eval()
 
 
+def read_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of the model that `load` would load. Raises ValueError when there is none."""
+    folder = _model_folder(Path(path) if revision is None else _download(str(path), revision))
+    config: PreTrainedConfig = _classes(folder)[0].from_pretrained(folder)
+    return config
+
+
 def _classes(folder: Path) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The configuration and model class that config.json in `folder` names."""
     file = folder / "config.json"

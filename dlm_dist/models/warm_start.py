@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 _ROWS_ARE_TOKENS = ("embedding", "head")
+
+
+def given_ranks(source: str, revision: str | None, sizes: Mapping[str, Any]) -> dict[str, int]:
+    """The low-rank sizes of an RWKV-7 model at `source`, for a model of the same width that names no rule.
+
+    Its low-rank maps then fit, whichever rule made them. Empty for other backbones, another width, or where `sizes`
+    holds low_rank_rule.
+    """
+    from dlm_dist import models
+
+    given = models.read_config(source, revision)
+    if "low_rank_rule" in sizes or not hasattr(given, "lora_ranks") or given.hidden_size != sizes["hidden_size"]:
+        return {}
+    names = ("decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")
+    return {name: getattr(given, name) for name in names}
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dlm_dist import models
 from dlm_dist.config import ConfigError, RunConfig, resolve_batch, updated
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
 from dlm_dist.kernels import wkv7
-from dlm_dist.models.warm_start import initialize_from
+from dlm_dist.models.warm_start import given_ranks, initialize_from
 from dlm_dist.training import checkpoint
 from dlm_dist.training.batches import prepare_step
 from dlm_dist.training.callbacks import Callbacks, SideInputs
@@ -184,11 +184,24 @@ def _total_steps(config: RunConfig, stream: SampleStream) -> int:
 
 
 def _wkv7_backend(config: RunConfig, device: torch.device) -> tuple[wkv7.Backend | None, list[str]]:
-    """What computes WKV-7 (None without RWKV-7) and the fallbacks taken; under `strict` a fallback is a ConfigError."""
+    """What computes WKV-7 (None without RWKV-7) and the fallbacks taken.
+
+    ConfigError where model.wkv7_kernel cannot run, and under `strict` for a fallback.
+    """
+    kernel, head_size = config.model.wkv7_kernel, config.model.head_size
     if config.model.backbone != "rwkv7":
         return None, []
-    backend = wkv7.select_backend(device)
-    fallback = wkv7.fallback(device)
+    assert kernel is not None
+    assert head_size is not None
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    try:
+        wkv7.check_kernel(kernel, device, dtype, head_size)
+    except ValueError as error:
+        raise ConfigError([f"model.wkv7_kernel is {kernel}: {error}"]) from error
+    if kernel == "pytorch":
+        return wkv7.Backend("pytorch", None, str(device), wkv7.versions(), "model.wkv7_kernel is pytorch"), []
+    backend = wkv7.select_backend(device, head_size)
+    fallback = wkv7.fallback(device, head_size)
     if fallback is not None and config.strict:
         raise ConfigError([f"{fallback}, and strict is true: mend that, or set strict=false"])
     return backend, [fallback] if fallback is not None else []
@@ -204,13 +217,16 @@ def _build_model(
         if resumed is not None:
             model: Any = models.load(resumed.path, dtype=torch.float32)
         else:
-            model = models.build(
-                settings.backbone, seed=config.run.seed, mask_token_id=source.mask_id, **settings.sizes()
-            )
+            sizes = settings.sizes()
+            if settings.init_from is not None:
+                sizes = given_ranks(settings.init_from, settings.init_revision, sizes) | sizes
+            model = models.build(settings.backbone, seed=config.run.seed, mask_token_id=source.mask_id, **sizes)
             if settings.init_from is not None:
                 report = initialize_from(model, settings.init_from, settings.init_revision)
     except ValueError as error:
         raise ConfigError([str(error)], "cannot make the model") from error
+    if settings.wkv7_kernel is not None:
+        model.set_kernel(settings.wkv7_kernel)
     # Orthogonal initial values come from a QR whose last bits may differ between kinds of processors.
     for parameter in model.parameters():
         dist.broadcast(parameter.data, src=0, group=host_group)

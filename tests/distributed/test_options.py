@@ -58,7 +58,8 @@ def test_everything_at_once_and_resumed(data, tmp_path):
 
 def test_init_from_reports_what_fitted(data, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    runs.train(runs.overrides(data, first, train__max_steps=4, model__direction="causal"), ranks=1)
+    other_ranks = {"model__decay_low_rank_dim": 8, "model__gate_low_rank_dim": 16}
+    runs.train(runs.overrides(data, first, train__max_steps=4, model__direction="causal", **other_ranks), ranks=1)
     start = first / "checkpoints" / "step-4"
     settings = {"model__init_from": start, "model__direction": "bidirectional", "model__vocab_size": 384}
     settings |= {"model__direction_gate_init": 4.0, "model__tie_directions": True}
@@ -68,5 +69,8 @@ def test_init_from_reports_what_fitted(data, tmp_path):
     report = json.loads((second / "manifest.json").read_text())["starts"][0]["init_from"]
     assert len(report["matched"]) > 40
     assert report["unused"] == []
+    assert set(report["skipped"]) == {
+        f"blocks.{i}.att.direction_gate.{x}" for i in range(2) for x in ("weight", "bias")
+    }, "the ranks of the low-rank maps are those of the given weights"
     # A causal model, read nearly forward only, is about as good as it was; from scratch the loss is ln 384 = 5.95.
     assert runs.metrics(second)[0]["loss"] < runs.metrics(first)[-1]["loss"] + 0.4

@@ -198,7 +198,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[int, str | None]:
     outcome: dict[int, str | None] = {64: None, 16: None}
     monkeypatch.setattr(backends, "_selected", {})
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(backends, "_versions", lambda: {"torch": "2.13.0", "triton": "3.5.0"})
+    monkeypatch.setattr(backends, "versions", lambda: {"torch": "2.13.0", "triton": "3.5.0"})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretended GPU")
     monkeypatch.setattr(backends, "_self_test", lambda device, size, chunk: outcome[chunk])
     monkeypatch.setattr(backends, "_helpers", lambda device, size: dict.fromkeys(elementwise.STEPS, "fla"))
@@ -253,7 +253,7 @@ def test_backend_falls_back_with_one_warning_or_fails_when_strict(pretended_gpu:
 def test_an_old_triton_is_never_reported_as_chunk_64(
     pretended_gpu: dict[int, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "_versions", lambda: {"torch": "2.7.0", "triton": "3.3.1"})
+    monkeypatch.setattr(backends, "versions", lambda: {"torch": "2.7.0", "triton": "3.3.1"})
     with pytest.warns(RuntimeWarning, match=r"needs Triton 3\.4"):
         assert backends.select_backend("cuda:0").chunk_size == 16
 
