@@ -93,7 +93,7 @@ class ModelSection(Section):
     num_hidden_layers: Positive = Field(description="number of blocks (layers)")
     direction: Literal["causal", "bidirectional", "alternate", "dw_jrt"] = Field(
         description="what a token sees. causal: what precedes it; bidirectional: both sides; rwkv7 alone: alternate "
-        "(every second layer scans backwards), dw_jrt (each layer starts from the final state of the one below); null = "
+        "(every second layer scans backwards), dw_jrt (each layer starts from the final state of the one below); null: "
         "causal for the objective ar, else bidirectional",
     )
     tie_directions: bool = Field(
