@@ -254,6 +254,11 @@ class ObjectiveSection(Section):
         description="mdlm: exact: a drawn number of tokens is hidden; bernoulli: each token by itself (LLaDA); "
         "null = exact",
     )
+    l2wrap: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="strength of the pull on each scored token's highest logit, which leaves the loss's value as it "
+        "is; 0 = none; 1e-4 is RWKV's",
+    )
 
     def settings(self) -> dict[str, Any]:
         """What the objective is made with: its own keys that are set."""

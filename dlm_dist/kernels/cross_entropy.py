@@ -8,6 +8,9 @@ each block of the weight gradient is written once and memory is M x block_size i
 Matrix products run in the dtype of `hidden` (under autocast: in autocast's dtype); maxima, exponentials, sums and
 the accumulated gradient of `hidden` are fp32 (fp64 for fp64 inputs). On CUDA half-precision products also return
 fp32; on CPU, where PyTorch has no such product, the logits of a half-precision head are rounded once to it.
+
+L2Wrap (BlinkDL, RWKV-LM) keeps logits from drifting: the loss stays as it is, and the gradient of each row's highest
+logit gets an addition in proportion to that logit, as from a term l2wrap / 2 * (highest logit)^2 per row in the sum.
 """
 
 from __future__ import annotations
@@ -38,11 +41,21 @@ def weighted_cross_entropy_sum(
 
 
 def weighted_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, block_size: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    block_size: int | None = None,
+    l2wrap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`weighted_cross_entropy_sum` and the unweighted losses of the rows, [M] fp32 without gradient."""
+    """`weighted_cross_entropy_sum` and the unweighted losses of the rows, [M] fp32 without gradient.
+
+    `l2wrap`: the backward pass adds l2wrap * (row i's highest logit) * (gradient of the sum) to the gradient of that
+    logit, of the lowest id where several are equally high; rows' weights do not enter. None or 0: nothing is added.
+    """
     _check(hidden, weight, targets, weights)
-    total, rows = _BlockedCrossEntropy.apply(hidden, weight, targets, weights, _block(hidden, block_size))
+    block = _block(hidden, block_size)
+    total, rows = _BlockedCrossEntropy.apply(hidden, weight, targets, weights, block, l2wrap or 0.0)
     return total, rows
 
 
@@ -51,23 +64,23 @@ def cross_entropy_rows(hidden: Tensor, weight: Tensor, targets: Tensor, block_si
     """Unweighted losses of the rows, [M] fp32 (fp64 for fp64 inputs), without gradient. Arguments as above."""
     _check(hidden, weight, targets, None)
     with torch.autocast(hidden.device.type, enabled=False):
-        lse, target_logits = _scan(_as_operand(hidden), weight, targets, _block(hidden, block_size))
+        lse, target_logits, _ = _scan(_as_operand(hidden), weight, targets, _block(hidden, block_size))
     return lse - target_logits
 
 
 class _BlockedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, block_size: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, block_size: int, l2wrap: float
     ) -> tuple[Tensor, Tensor]:
         operand = _as_operand(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            lse, target_logits = _scan(operand, weight, targets, block_size)
+            lse, target_logits, highest = _scan(operand, weight, targets, block_size, find_highest=l2wrap != 0.0)
             rows = lse - target_logits
             total = (rows * weights).sum()
         # The weight itself is saved: under ZeRO-3 backward then sees it gathered again.
-        ctx.save_for_backward(operand, weight, targets, weights, lse, rows)
-        ctx.block_size = block_size
+        ctx.save_for_backward(operand, weight, targets, weights, lse, rows, *(highest or ()))
+        ctx.block_size, ctx.l2wrap = block_size, l2wrap
         ctx.hidden_dtype = hidden.dtype
         ctx.mark_non_differentiable(rows)
         return total, rows
@@ -75,16 +88,17 @@ class _BlockedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        operand, weight, targets, weights, lse, rows = ctx.saved_tensors
-        wants_hidden, wants_weight, _, wants_weights, _ = ctx.needs_input_grad
+        operand, weight, targets, weights, lse, rows, *highest = ctx.saved_tensors
+        wants_hidden, wants_weight, _, wants_weights, _, _ = ctx.needs_input_grad
         with torch.autocast(operand.device.type, enabled=False):
+            extra = (highest[0] * (ctx.l2wrap * grad_total), highest[1]) if highest else None
             grad_hidden, grad_weight = _gradients(
-                operand, weight, targets, lse, weights * grad_total, ctx.block_size, wants_hidden, wants_weight
+                operand, weight, targets, lse, weights * grad_total, extra, ctx.block_size, wants_hidden, wants_weight
             )
             grad_weights = (rows * grad_total).to(weights.dtype) if wants_weights else None
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(ctx.hidden_dtype)
-        return grad_hidden, grad_weight, None, grad_weights, None
+        return grad_hidden, grad_weight, None, grad_weights, None, None
 
 
 class _LogitBlocks:
@@ -122,20 +136,32 @@ class _LogitBlocks:
         return buffer[: rows * width].view(rows, width)
 
 
-def _scan(hidden: Tensor, weight: Tensor, targets: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of each row's logits, and the logit of its target: both [M], fp32 or fp64."""
+def _scan(
+    hidden: Tensor, weight: Tensor, targets: Tensor, block_size: int, find_highest: bool = False
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Log-sum-exp of each row's logits, and the logit of its target: both [M], fp32 or fp64.
+
+    With `find_highest` also each row's highest logit and its id, the lowest of several: both [M].
+    """
     blocks = _LogitBlocks(hidden, weight, block_size)
     maximum = hidden.new_full((hidden.shape[0],), -torch.inf, dtype=blocks.dtype)
     total = torch.zeros_like(maximum)
     target_logits = torch.full_like(maximum, torch.nan)
+    highest_id = torch.zeros_like(targets) if find_highest else None
     for start, _, logits in blocks:
         inside, column = _columns(targets, start, logits.shape[1])
         target_logits = torch.where(inside, logits.gather(1, column[:, None]).squeeze(1), target_logits)
-        higher = torch.maximum(maximum, logits.amax(dim=1))
+        if highest_id is None:
+            higher = torch.maximum(maximum, logits.amax(dim=1))
+        else:
+            here, index = logits.max(dim=1)
+            highest_id = torch.where(here > maximum, index + start, highest_id)
+            higher = torch.maximum(maximum, here)
         total.mul_(maximum.sub_(higher).exp_())
         total.add_(logits.sub_(higher[:, None]).exp_().sum(dim=1))
         maximum = higher
-    return total.log_().add_(maximum), target_logits
+    highest = None if highest_id is None else (maximum, highest_id)
+    return total.log_().add_(maximum), target_logits, highest
 
 
 def _gradients(
@@ -144,13 +170,15 @@ def _gradients(
     targets: Tensor,
     lse: Tensor,
     row_scales: Tensor,
+    extra: tuple[Tensor, Tensor] | None,
     block_size: int,
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients [M, C] (fp32 or fp64) and [V, C] (dtype of `weight`).
 
-    The gradient of row i's logits is row_scales[i] * (softmax - one-hot of the target).
+    The gradient of row i's logits is row_scales[i] * (softmax - one-hot of the target); `extra` = (values [M], ids
+    [M]) is added to one logit of each row.
     """
     blocks = _LogitBlocks(hidden, weight, block_size)
     row_scales = row_scales.to(blocks.dtype)
@@ -163,6 +191,9 @@ def _gradients(
         inside, column = _columns(targets, start, logits.shape[1])
         probabilities = logits.sub_(lse[:, None]).exp_().mul_(row_scales[:, None])
         probabilities.scatter_add_(1, column[:, None], torch.where(inside, -row_scales, 0.0)[:, None])
+        if extra is not None:
+            inside, column = _columns(extra[1], start, logits.shape[1])
+            probabilities.scatter_add_(1, column[:, None], torch.where(inside, extra[0], 0.0).to(blocks.dtype)[:, None])
         grad_logits = blocks.narrowed(probabilities)
         if grad_hidden is not None:
             _add_product(grad_hidden, grad_logits, block)

@@ -24,7 +24,7 @@ class LossHead(nn.Linear):
 
     @overload
     def forward(
-        self, hidden: Tensor, targets: Tensor, weights: Tensor, per_row: bool = False
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, per_row: bool = False, l2wrap: float | None = None
     ) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -33,15 +33,17 @@ class LossHead(nn.Linear):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         per_row: bool = False,
+        l2wrap: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [..., V] of `hidden` [..., C]; with `targets` [M] and `weights` [M] fp32 the loss of `hidden` [M, C].
 
         The loss is sum_i weights[i] * cross entropy of row i, 0-d fp32; with `per_row` it comes together with the
-        unweighted losses of the rows, [M] fp32 without gradient. M may be 0.
+        unweighted losses of the rows, [M] fp32 without gradient. M may be 0. `l2wrap`: see `weighted_cross_entropy`.
+        For BlinkDL's strength s per mean over N rows, of whose loss this sum over D is a part, it is s * D / N.
         """
         if targets is None and weights is None and not per_row:
             return super().forward(hidden)
         if targets is None or weights is None:
             raise ValueError("A loss needs both targets [M] and weights [M].")
-        total, rows = weighted_cross_entropy(hidden, self.weight, targets, weights)
+        total, rows = weighted_cross_entropy(hidden, self.weight, targets, weights, l2wrap=l2wrap)
         return (total, rows) if per_row else total

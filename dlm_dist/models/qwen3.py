@@ -88,6 +88,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         targets: Tensor | None = None,
         weights: Tensor | None = None,
         per_row: bool = False,
+        l2wrap: float | None = None,
     ) -> DenoiserOutput | Tensor | tuple[Tensor, Tensor]:
         """Logits of every position, or the loss of the supervised ones.
 
@@ -97,7 +98,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
-        the unweighted losses [M] fp32.
+        the unweighted losses [M] fp32. `l2wrap`: its gradient keeps the logits small (`LossHead.forward`).
         """
         mask, positions = self._visibility(input_ids, document_ids, attention_bias)
         hidden = self.model(
@@ -112,7 +113,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         if targets is None or weights is None:
             raise ValueError("supervised rows need targets [M] and weights [M] beside them.")
         rows = hidden.flatten(0, 1).index_select(0, supervised)
-        return self.lm_head(rows, targets, weights, per_row=per_row)
+        return self.lm_head(rows, targets, weights, per_row=per_row, l2wrap=l2wrap)
 
     def _visibility(
         self, input_ids: Tensor, document_ids: Tensor | None, attention_bias: Tensor | None

@@ -99,7 +99,7 @@ class Trainer:
         totals = gather_totals(batch, self.host_group)
         lr = self._learning_rate(progress.step)
         set_learning_rate(self.engine, lr)
-        loss = self._train_step(batch, totals.denominator)
+        loss = self._train_step(batch, totals)
         self._advance(progress)
         if self.log is not None:
             seconds = time.perf_counter() - started
@@ -111,22 +111,25 @@ class Trainer:
             settings.schedule, step, self.max_steps, settings.warmup_steps, settings.min_lr_ratio
         )
 
-    def _train_step(self, batch: RankStep, denominator: int) -> float:
+    def _train_step(self, batch: RankStep, totals: StepTotals) -> float:
         """Forward and backward over the micro-batches, one update -> loss over all ranks. Collective.
 
         DeepSpeed averages gradients over ranks, so each micro-batch's sum is scaled by ranks / denominator: the
-        gradient is then exactly that of the global sum over the global denominator.
+        gradient is then exactly that of the global sum over the global denominator. L2Wrap is a mean over the rows
+        that enter the loss, whatever that denominator is.
         """
-        scale = dist.get_world_size() / denominator
+        scale = dist.get_world_size() / totals.denominator
+        l2wrap = self.config.objective.l2wrap
+        extra = {"l2wrap": l2wrap * totals.denominator / max(1, totals.supervised)} if l2wrap else {}
         total = torch.zeros((), device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
         for micro_batch in batch.micro_batches:
-            loss_sum = self.engine(**on_device(micro_batch, self.device))
+            loss_sum = self.engine(**on_device(micro_batch, self.device), **extra)
             self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
             self.engine.step()
             total += loss_sum.detach()
         total = total.cpu()
         dist.all_reduce(total, group=self.host_group)
-        return total.item() / denominator
+        return total.item() / totals.denominator
 
     def _advance(self, progress: Progress) -> None:
         applied = self.engine.was_step_applied()

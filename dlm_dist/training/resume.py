@@ -102,11 +102,13 @@ def run_identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]
     tree = config.model_dump(mode="json")
     start_only = ("init_from", "init_revision", "gradient_checkpointing")
     model = {key: value for key, value in tree["model"].items() if key not in start_only}
+    # L2Wrap's strength may be changed on the way, as the learning rate and the weight decay may.
+    objective = {key: value for key, value in tree["objective"].items() if key != "l2wrap"}
     data = {key: tree["data"][key] for key in ("random_length_prob", "isolate_documents", "max_samples")}
     return {
         "run.seed": config.run.seed,
         **{f"model.{key}": value for key, value in model.items()},
-        **{f"objective.{key}": value for key, value in tree["objective"].items()},
+        **{f"objective.{key}": value for key, value in objective.items()},
         **{f"data.{key}": value for key, value in data.items()},
         "data.train": [
             [source.fingerprint, entry.weight] for source, entry in zip(sources, config.data.train, strict=True)

@@ -59,6 +59,16 @@ def micro_batch(rank: int, index: int) -> dict[str, Tensor]:
     }
 
 
+def l2wrap(backbone: str, tied: bool) -> float:
+    """Strength of L2Wrap in a mean over the supervised rows of the whole step; far above BlinkDL's, to be seen."""
+    return 0.1 if backbone == "rwkv7" or tied else 0.0
+
+
+def supervised(world: int) -> int:
+    """How many rows enter the loss of the whole step."""
+    return sum(len(micro_batch(rank, index)["targets"]) for rank in range(world) for index in range(ACCUMULATION))
+
+
 def denominator(world: int) -> int:
     """One number for the whole step: all tokens of all micro-batches of all ranks."""
     return world * ACCUMULATION * BATCH * LENGTH
@@ -88,13 +98,14 @@ def _engine(case: Case) -> Any:
     return engine
 
 
-def _step(engine: Any, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The global loss of one optimizer step and the full gradient of each parameter."""
+def _step(engine: Any, strength: float, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The global loss of one optimizer step and the full gradient of each parameter, L2Wrap of `strength` included."""
     from deepspeed.utils import safe_get_full_grad
 
+    extra = strength * denominator(world) / supervised(world)
     total = torch.zeros(())
     for index in range(ACCUMULATION):
-        loss = engine(**micro_batch(rank, index)) / denominator(world)
+        loss = engine(**micro_batch(rank, index), l2wrap=extra) / denominator(world)
         total += loss.detach()
         # DeepSpeed divides by the accumulation steps and averages over the ranks.
         engine.backward(loss * (ACCUMULATION * world))
@@ -123,7 +134,7 @@ def main(rank: int, world: int, folder: Path, repeats: int) -> None:
     for case in cases:
         for _ in range(repeats):
             engine = _engine(case)
-            results[case].append(_step(engine, rank, world))
+            results[case].append(_step(engine, l2wrap(case[1], case[2]), rank, world))
             engine.destroy()
     if rank == 0:
         torch.save(results, folder / "result.pt")

@@ -17,8 +17,10 @@ from tests.distributed.loss_zero_worker import (
     HEADS,
     Case,
     denominator,
+    l2wrap,
     make_model,
     micro_batch,
+    supervised,
 )
 
 pytestmark = pytest.mark.distributed
@@ -60,20 +62,24 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def _reference(backbone: str, tied: bool, precision: str) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the whole global batch from full logits in fp64, weights rounded as the run's were."""
+    """Loss and gradients of the whole global batch from full logits in fp64, weights rounded as the run's were.
+
+    L2Wrap's gradient is that of half the square of each row's highest logit, which the loss does not show.
+    """
     model = make_model(backbone, tied)
     if precision == "bf16":
         model = model.bfloat16()
     model = model.double()
-    total = torch.zeros((), dtype=torch.float64)
+    total, squares = torch.zeros(2, dtype=torch.float64).unbind()
     for rank in range(WORLD):
         for index in range(ACCUMULATION):
             batch = micro_batch(rank, index)
             logits = model(batch["input_ids"]).logits.flatten(0, 1)[batch["supervised"]]
             rows = torch.nn.functional.cross_entropy(logits.double(), batch["targets"], reduction="none")
             total = total + (rows * batch["weights"].double()).sum()
+            squares = squares + logits.amax(dim=1).square().sum()
     total = total / denominator(WORLD)
-    total.backward()
+    (total + 0.5 * l2wrap(backbone, tied) / supervised(WORLD) * squares).backward()
     return total.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

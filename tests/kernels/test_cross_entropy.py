@@ -127,6 +127,63 @@ def test_large_logits_neither_overflow_nor_lose_the_loss() -> None:
     assert _relative(hidden.grad, grad_hidden) < 1e-5
 
 
+def _l2wrap_gradients(hidden: Tensor, weight: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """What L2Wrap adds to both gradients, from full logits (BlinkDL's formula, the strength per row)."""
+    logits = (hidden.detach() @ weight.detach().t()).double()  # a logit rounded to bf16 may have equals
+    highest, column = logits.max(dim=1)
+    grad_logits = torch.zeros_like(logits).scatter_(1, column[:, None], (highest * strength)[:, None])
+    return grad_logits @ weight.detach().double(), grad_logits.t() @ hidden.detach().double()
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 101, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_l2wrap_leaves_the_loss_and_adds_its_gradient_at_the_highest_logit(
+    block_size: int | None, dtype: torch.dtype
+) -> None:
+    hidden, weight, targets, weights = _inputs(33, 16, 101, dtype)
+    targets[:5] = (hidden @ weight.t()).argmax(dim=1)[:5]  # a target may be the highest logit itself
+    results = []
+    for l2wrap in (None, 0.25):
+        total, rows = weighted_cross_entropy(hidden, weight, targets, weights, block_size, l2wrap)
+        results.append((total, rows, *torch.autograd.grad(total * 0.5, (hidden, weight))))
+    plain, wrapped = results
+    assert torch.equal(plain[0], wrapped[0])
+    assert torch.equal(plain[1], wrapped[1])
+    expected = _l2wrap_gradients(hidden, weight, 0.25 * 0.5)
+    for without, with_it, difference in zip(plain[2:], wrapped[2:], expected, strict=True):
+        assert _relative(with_it - without, difference) < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 64])
+def test_of_equal_highest_logits_the_lowest_id_takes_l2wrap(block_size: int) -> None:
+    hidden = torch.ones(1, 2, requires_grad=True)
+    weight = torch.tensor([[0.0, 1.0], [2.0, 1.0], [1.0, 2.0], [0.5, 0.5], [3.0, 0.0]], requires_grad=True)
+    gradients = []
+    for l2wrap in (None, 1.0):
+        total = weighted_cross_entropy(hidden, weight, torch.zeros(1).long(), torch.ones(1), block_size, l2wrap)[0]
+        gradients.append(torch.autograd.grad(total, weight)[0])
+    torch.testing.assert_close(gradients[1] - gradients[0], torch.tensor([[0.0], [3], [0], [0], [0]]).expand(-1, 2))
+
+
+def test_l2wrap_in_bf16() -> None:
+    hidden, weight, targets, weights = _inputs(300, 64, 3000, torch.bfloat16)
+    # Rows of no weight leave L2Wrap alone in the gradient, so that it is not the difference of two rounded ones.
+    total, _ = weighted_cross_entropy(hidden, weight, targets, torch.zeros_like(weights), None, 1e-2)
+    total.backward()
+    assert total == 0
+    grad_hidden, grad_weight = _l2wrap_gradients(hidden, weight, 1e-2)
+    assert (hidden.grad.double() - grad_hidden).norm() / grad_hidden.norm() < 0.01
+    assert (weight.grad.double() - grad_weight).norm() / grad_weight.norm() < 0.01
+
+
+def test_l2wrap_without_rows_adds_nothing() -> None:
+    hidden, weight, targets, weights = _inputs(0, 16, 101, torch.float32)
+    total, _ = weighted_cross_entropy(hidden, weight, targets, weights, None, 1.0)
+    total.backward()
+    assert total == 0
+    assert not weight.grad.any()
+
+
 def test_a_nan_in_one_row_reaches_the_loss_and_the_gradient() -> None:
     hidden, weight, targets, weights = _inputs(4, 8, 40, torch.float32)
     hidden.data[2, 3] = torch.nan

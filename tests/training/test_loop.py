@@ -1,0 +1,80 @@
+"""What the loop hands to the model, and how it scales what comes back."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dlm_dist.config import resolve_batch
+from dlm_dist.training.batches import RankStep, StepTotals
+from dlm_dist.training.loop import Trainer
+from tests.training.conftest import micro_batch, tiny_config, tiny_model
+
+
+class PlainEngine(SimpleNamespace):
+    """An engine of one rank without an optimizer: gradients stay where autograd leaves them."""
+
+    def __call__(self, **inputs):
+        self.calls.append(inputs)
+        return self.module(**inputs)
+
+    def backward(self, loss, scale_wrt_gas):
+        loss.backward()
+
+    def step(self):
+        pass
+
+
+def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0):
+    """(loss, gradients, keyword arguments of the first forward) of a step with micro-batches of `scored` rows."""
+    config = tiny_config(f"objective.l2wrap={l2wrap}")
+    engine = PlainEngine(module=tiny_model(), calls=[])
+    trainer = Trainer(
+        config=config,
+        plan=resolve_batch(config.train, 1),
+        max_steps=3,
+        engine=engine,
+        device=torch.device("cpu"),
+        host_group=None,
+        read_ahead=None,
+        is_bound=True,
+        peak_flops=1.0,
+        log=None,
+        evaluate=None,
+        sample=None,
+        save=None,
+    )
+    micro_batches = []
+    for number, count in enumerate(scored):
+        batch = micro_batch(number)
+        batch |= {name: batch[name][:count] for name in ("supervised", "targets", "weights")}
+        batch["weights"] = batch["weights"] * scale_of_weights
+        micro_batches.append(batch)
+    totals = StepTotals(16 * len(scored), sum(scored), None, "", "")
+    step = RankStep(micro_batches, np.zeros(3, dtype=np.int64), np.zeros((2, 4, 32), dtype=np.uint8))
+    loss = trainer._train_step(step, totals)
+    return loss, {name: parameter.grad for name, parameter in engine.module.named_parameters()}, engine.calls[0]
+
+
+@pytest.mark.parametrize("scored", [[16, 16], [3, 5], [8, 0]])
+def test_l2wrap_is_a_mean_over_the_scored_rows_of_the_step(scored):
+    """Its strength depends neither on how much is hidden, nor on the rows' weights, nor on the micro-batches."""
+    plain_loss, plain, _ = gradients(0.0, scored, scale_of_weights=7.0)
+    loss, wrapped, _ = gradients(0.5, scored, scale_of_weights=7.0)
+    assert loss == plain_loss
+    model = tiny_model()
+    squares = torch.zeros(())
+    for number, count in enumerate(scored):
+        batch = micro_batch(number)
+        logits = model(input_ids=batch["input_ids"]).logits.flatten(0, 1)[:count]
+        squares = squares + logits.amax(dim=1).square().sum()
+    (0.5 / 2 * squares / sum(scored)).backward()
+    for name, parameter in model.named_parameters():
+        difference = wrapped[name] - plain[name]
+        assert (difference - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-8, name
+
+
+def test_without_l2wrap_the_model_is_not_asked_for_it():
+    assert "l2wrap" not in gradients(0.0, [4])[2]
+    assert "l2wrap" in gradients(1e-4, [4])[2]
