@@ -1,4 +1,4 @@
-"""`dlm evaluate`: the bound of a checkpoint on held-out rows.
+"""`dlm evaluate`: the bound of a checkpoint on held-out rows, or for a causal language model their likelihood.
 
 One process, or several that a launcher started (`torchrun --nproc_per_node 2 -m launcher.cli evaluate ...`): the
 rows are dealt out to the ranks and the number is the same.
@@ -15,6 +15,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.trained_as import OBJECTIVES, objective_of, trained_identity
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,16 +27,20 @@ def add_evaluate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
     """Add `dlm evaluate`."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="bound of a checkpoint on held-out rows",
+        help="likelihood of held-out rows under a checkpoint, or a bound on it",
         description="Estimate the bound on the negative log-likelihood of held-out rows. Times and masks are the "
-        "same for every model, so two numbers differ by their models alone. Runs as one process, or on several "
+        "same for every model, so two numbers differ by their models alone. For the objective ar the number is the "
+        "negative log-likelihood itself, and nothing is drawn. Runs as one process, or on several "
         "ranks: torchrun --nproc_per_node N -m launcher.cli evaluate ...",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step-N, or a model folder")
     add("--data", type=Path, required=True, metavar="DIR", help="a data set; its validation/ where it has one")
     add("--rows", type=_positive, metavar="N", help="only the first N rows (default: all)")
-    add("--draws", type=_positive, default=1, metavar="N", help="times and masks drawn per row (default: 1)")
+    add("--objective", choices=OBJECTIVES, help="how the rows are scored (default: as the checkpoint was trained)")
+    add(
+        "--draws", type=_positive, default=1, metavar="N", help="times and masks drawn per row (default: 1; ar: only 1)"
+    )
     add("--batch-size", type=_positive, default=8, metavar="N", help="rows per forward pass (default: 8)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): CUDA if there is one")
     add("--dtype", choices=("bf16", "fp32"), help="arithmetic of the network (default: as stored)")
@@ -76,7 +82,10 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             transformers_logging.disable_progress_bar()
         dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
         model: Any = models.load(arguments.checkpoint, dtype)
-        _require_vocabulary(model.config, source, arguments.checkpoint)
+        objective = objective_of(arguments.checkpoint, model.direction, arguments.objective, tell=rank == 0)
+        if objective == "ar" and arguments.draws > 1:
+            raise ValueError(f"--draws is {arguments.draws}: the objective ar has nothing to draw, leave it out")
+        _require_vocabulary(model.config, source, arguments.checkpoint, masked=objective == "mdlm")
         if not compared and rank == 0:
             print(
                 f"note: {arguments.checkpoint} has no tokenizer/, only ids were compared with the data", file=sys.stderr
@@ -85,7 +94,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         rows = min(arguments.rows or source.num_rows, source.num_rows)
         isolate = arguments.isolate_documents
         if isolate is None:
-            isolate = _trained_isolated(arguments.checkpoint)
+            isolate = bool(trained_identity(arguments.checkpoint).get("data.isolate_documents", False))
         with progress("evaluate", rows * arguments.draws, "rows") if rank == 0 else nullcontext() as advance:
             bound = evaluate_bound(
                 model,
@@ -95,6 +104,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
                 draws=arguments.draws,
                 batch_size=arguments.batch_size,
                 isolate_documents=isolate,
+                objective=objective,
                 advance=advance,
             )
     if rank:
@@ -102,6 +112,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     report = {
         "checkpoint": str(arguments.checkpoint),
         "data": str(source.path),
+        "objective": objective,
         "bound_nats_per_token": bound.nats_per_token,
         "standard_error": bound.standard_error,
         "bits_per_byte": bound.bits_per_byte,
@@ -122,17 +133,20 @@ def _told(report: dict[str, Any], train: Source | None) -> str:
     bound, error, unigram = (
         report[name] for name in ("bound_nats_per_token", "standard_error", "unigram_nats_per_token")
     )
+    exact = report["objective"] == "ar"
+    name = "likelihood" if exact else "bound"
+    drawn = "" if exact else f", {report['draws']} {'draw' if report['draws'] == 1 else 'draws'} each"
     lines = [
-        f"{report['checkpoint']} on {report['rows']} rows of {report['sequence_length']} tokens of {report['data']}, "
-        f"{report['draws']} {'draw' if report['draws'] == 1 else 'draws'} each, {report['dtype']}",
-        f"  bound          {bound:.4f}" + (f" +- {error:.4f}" if error is not None else "") + " nats per token",
+        f"{report['checkpoint']} on {report['rows']} rows of {report['sequence_length']} tokens of {report['data']}"
+        f"{drawn}, {report['dtype']}",
+        f"  {name:<14} {bound:.4f}" + (f" +- {error:.4f}" if error is not None else "") + " nats per token",
     ]
     if report["bits_per_byte"] is not None:
-        lines.append(f"  bound          {report['bits_per_byte']:.4f} bits per byte")
+        lines.append(f"  {name:<14} {report['bits_per_byte']:.4f} bits per byte")
     if train is not None:
         lines.append(
             f"  unigram        {unigram:.4f} nats per token (add-one counts of {train.path}); "
-            f"the bound is {abs(unigram - bound):.4f} {'below' if bound < unigram else 'above'}"
+            f"the {name} is {abs(unigram - bound):.4f} {'below' if bound < unigram else 'above'}"
         )
     return "\n".join(lines)
 
@@ -180,28 +194,18 @@ def _require_same_tokens(checkpoint: Path, source: Source) -> bool:
     return True
 
 
-def _require_vocabulary(config: Any, source: Source, checkpoint: Path) -> None:
-    """Raise ValueError if the rows hold ids that the model does not know, or hide tokens under another id."""
-    if config.mask_token_id != source.mask_id:
+def _require_vocabulary(config: Any, source: Source, checkpoint: Path, masked: bool) -> None:
+    """Raise ValueError if the rows hold ids that the model does not know, or are `masked` with another id."""
+    if masked and config.mask_token_id != source.mask_id:
         raise ValueError(
             f"{source.path} has mask id {source.mask_id}, the model of {checkpoint} {config.mask_token_id}"
         )
-    needed = max(source.vocab_size, source.mask_id + 1)
+    needed = max(source.vocab_size, source.mask_id + 1 if masked else 0)
     if config.vocab_size < needed:
         raise ValueError(
             f"{source.path} holds ids up to {needed - 1}, but the vocabulary of {checkpoint} ends at "
             f"{config.vocab_size - 1}: evaluate on data of the model's own tokenizer"
         )
-
-
-def _trained_isolated(checkpoint: Path) -> bool:
-    """data.isolate_documents of the run that wrote the checkpoint; False where nothing says so."""
-    from dlm_dist.training.checkpoint_files import TRAINER_STATE, load_trainer_state
-
-    for folder in (checkpoint, checkpoint.parent):
-        if (folder / TRAINER_STATE).is_file():
-            return bool(load_trainer_state(folder).get("identity", {}).get("data.isolate_documents", False))
-    return False
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Bound on held-out rows: fixed rows, fixed noise, one number with its standard error.
+"""Likelihood of held-out rows, or a bound on it: fixed rows, fixed noise, one number with its standard error.
 
 The noise of held-out row i is keyed by i and a constant seed, never by the run's: every evaluation of every
-run draws the same times and masks, so two numbers differ by their models alone.
+run draws the same times and masks, so two numbers differ by their models alone. The objective `ar` draws nothing:
+its number is exact on these rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from data_pipeline.rows import Rows
 from data_pipeline.source import Source
 from dlm_dist.diffusion.corruption import NoisyBatch
 from dlm_dist.diffusion.model_inputs import model_inputs
-from dlm_dist.diffusion.objectives import MaskedDiffusion, Vocabulary
+from dlm_dist.diffusion.objectives import OBJECTIVES, Vocabulary
 
 EVALUATION_SEED = 20_240_607
 _ROWS_AT_ONCE = 1024
@@ -28,7 +29,7 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class HeldOutBound:
-    """Negative evidence bound on held-out rows."""
+    """Negative evidence bound on held-out rows; with the objective `ar` the negative log-likelihood itself."""
 
     nats_per_token: float
     standard_error: float | None
@@ -39,15 +40,17 @@ class HeldOutBound:
     draws: int
 
 
-def held_out_batch(source: Source, samples: NDArray[np.int64], draws: int, isolate_documents: bool) -> NoisyBatch:
-    """The corrupted held-out rows of `samples` [B]; sample i * draws + d is draw d of row i."""
-    objective = MaskedDiffusion(
+def held_out_batch(
+    source: Source, samples: NDArray[np.int64], draws: int, isolate_documents: bool, objective: str = "mdlm"
+) -> NoisyBatch:
+    """The held-out rows of `samples` [B] under `objective`; sample i * draws + d is draw d of row i."""
+    rows = source.read(samples // draws)
+    made = OBJECTIVES[objective](
         seed=EVALUATION_SEED,
         vocabulary=Vocabulary(source.mask_id, source.eos_id),
         isolate_documents=isolate_documents,
     )
-    rows = source.read(samples // draws)
-    return objective.corrupt(Rows(rows.tokens, rows.document_ids, samples, rows.text_bytes, rows.before))
+    return made.corrupt(Rows(rows.tokens, rows.document_ids, samples, rows.text_bytes, rows.before))
 
 
 @torch.no_grad()
@@ -60,13 +63,18 @@ def evaluate_bound(
     draws: int = 1,
     batch_size: int = 8,
     isolate_documents: bool = False,
+    objective: str = "mdlm",
     advance: Callable[[int], None] | None = None,
 ) -> HeldOutBound:
     """Bound of `model` on the first `num_rows` rows of `source`; `advance` hears of samples done by all ranks.
 
+    `objective` is the one that the model was trained with. Raises ValueError for several draws of `ar`.
+
     Collective where torch.distributed runs: every rank must call. The rows are cut into the same batches for
     any number of ranks, so the number does not depend on it; ZeRO-3 needs every rank to run as many forwards.
     """
+    if objective == "ar" and draws != 1:
+        raise ValueError(f"draws is {draws}: the objective ar has nothing to draw, expected 1.")
     distributed = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     was_training = model.training
@@ -79,7 +87,7 @@ def evaluate_bound(
         surplus = index >= len(starts)  # run, so that collectives match, and not counted
         start = starts[first if surplus else index]
         samples = np.arange(start, min(total, start + batch_size), dtype=np.int64)
-        batch = held_out_batch(source, samples, draws, isolate_documents)
+        batch = held_out_batch(source, samples, draws, isolate_documents, objective)
         sums = _nats_per_row(model, batch, device)
         if not surplus:
             for position, value, length, size in zip(

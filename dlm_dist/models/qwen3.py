@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3Model
+from transformers import DynamicCache, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 
 from dlm_dist.models.loss_head import LossHead
@@ -114,6 +114,33 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
             raise ValueError("supervised rows need targets [M] and weights [M] beside them.")
         rows = hidden.flatten(0, 1).index_select(0, supervised)
         return self.lm_head(rows, targets, weights, per_row=per_row, l2wrap=l2wrap)
+
+    def incremental(self, input_ids: Tensor, state: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
+        """Logits [B, T, V] of tokens [B, T] that follow those of `state`, and the state behind them.
+
+        T is any number: a prompt in one call, then token by token. The logits are those of one pass over all tokens.
+        The state, keys and values of every token, grows in place: one that was handed in is not to be used again.
+        Raises ValueError unless the direction is causal.
+        """
+        if self.direction != "causal":
+            raise ValueError(
+                f"a model of direction {self.direction} sees later tokens: it cannot be run incrementally."
+            )
+        state = DynamicCache() if state is None else state
+        past, length = state.get_seq_length(), input_ids.shape[1]
+        places = torch.arange(past, past + length, device=input_ids.device)
+        mask = None
+        if past > 0 and length > 1:  # SDPA's own causal mask would count the queries from the first key
+            mask = (places[:, None] >= torch.arange(past + length, device=places.device))[None, None]
+        hidden = self.model(
+            input_ids,
+            attention_mask={"full_attention": mask},
+            position_ids=places[None],
+            past_key_values=state,
+            use_cache=True,
+            is_causal=mask is None,
+        ).last_hidden_state
+        return self.lm_head(hidden), state
 
     def _visibility(
         self, input_ids: Tensor, document_ids: Tensor | None, attention_bias: Tensor | None

@@ -65,7 +65,7 @@ class Callbacks:
     log: MetricsLog | None
 
     def evaluate(self, step: int) -> None:
-        """Bound on the held-out rows."""
+        """Bound (`ar`: exact likelihood) on the held-out rows."""
         settings = self.config.train
         assert self.side.validation is not None
         bound = evaluate_bound(
@@ -75,6 +75,7 @@ class Callbacks:
             num_rows=settings.eval_rows,
             draws=settings.eval_draws,
             isolate_documents=self.config.data.isolate_documents,
+            objective=self.config.objective.name,
         )
         if self.log is not None:
             self.log.evaluation(

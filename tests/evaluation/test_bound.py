@@ -64,6 +64,32 @@ def test_a_loss_that_knows_only_the_count_gives_its_mean_over_counts(four):
     assert (bound.rows, bound.draws) == (16, 1)
 
 
+class Bigram(torch.nn.Module):
+    """A causal model that loses table[previous token, token] nats."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids, supervised, targets, weights, per_row):
+        rows = self.table[input_ids.flatten()[supervised], targets]
+        return (rows * weights).sum(), rows
+
+
+def test_the_likelihood_of_ar_is_exact_and_counts_the_token_before_each_row(tmp_path):
+    source = source_of(tmp_path, [f"{i:02d}ab" for i in range(12)])
+    table = torch.rand(258, 258, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = evaluate_bound(Bigram(table), source, CPU, num_rows=7, batch_size=3, objective="ar")
+    stream = [source.eos_id, *source.read(range(7)).tokens.flatten().tolist()]
+    nats = torch.stack([table[a, b] for a, b in itertools.pairwise(stream)]).reshape(7, 4).sum(dim=1)
+    assert found.nats_per_token == pytest.approx(nats.sum().item() / 28, rel=1e-9)
+    assert found.bits_per_byte == pytest.approx(found.nats_per_token / math.log(2), rel=1e-9)  # a token is a byte
+    assert found.standard_error == pytest.approx(nats.std().item() / math.sqrt(7) / 4, rel=1e-9)
+    assert (found.rows, found.draws) == (7, 1)
+    with pytest.raises(ValueError, match="draws is 2: the objective ar"):
+        evaluate_bound(Bigram(table), source, CPU, num_rows=7, draws=2, objective="ar")
+
+
 def test_the_bound_is_the_mean_over_all_masks(four):
     length = 4
     losses = torch.rand(2**length, length, generator=torch.Generator().manual_seed(1)) * 5

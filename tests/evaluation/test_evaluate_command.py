@@ -37,13 +37,14 @@ def publish(checkpoints: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
     """A real checkpoint of an untrained tiny model, without masters."""
     staging = checkpoints / ".staging"
     sizes = {"vocab_size": tokenizer.padded_vocab_size, "mask_token_id": tokenizer.mask_id} | changes
-    isolate = sizes.pop("isolate_documents", False)
+    identity = {"data.isolate_documents": sizes.pop("isolate_documents", False)}
+    identity |= {"objective.name": sizes.pop("objective", "mdlm")}
     model = models.build(
         "qwen3", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16, seed=1, **sizes
     )
     model.save_pretrained(staging / "model")
     tokenizer.save(staging / "tokenizer")
-    state = {"global_step": 7, "identity": {"data.isolate_documents": isolate}}
+    state = {"global_step": 7, "identity": identity}
     (staging / "trainer_state.json").write_text(json.dumps(state))
     files = {}
     for file in [path for path in staging.rglob("*") if path.is_file()]:
@@ -108,6 +109,42 @@ def test_rows_dtype_and_a_named_split(evaluate, checkpoint, data):
     assert (found["rows"], found["dtype"], found["data"]) == (20, "bfloat16", str(data / "train"))
 
 
+def test_a_causal_language_model_is_scored_as_it_was_trained(evaluate, data, tmp_path):
+    path = publish(tmp_path / "checkpoints", load("bytes"), objective="ar", direction="causal")
+    status, out, err = evaluate(path, data, "--json")
+    found = json.loads(out)
+    validation = ShardedSource.open(data / "validation")
+    exact = evaluate_bound(models.load(path), validation, torch.device("cpu"), num_rows=11, objective="ar")
+    assert status == 0
+    assert "note:" not in err
+    assert found["objective"] == "ar"
+    assert found["bound_nats_per_token"] == exact.nats_per_token
+    assert found["standard_error"] == exact.standard_error
+    told = evaluate(path, data)[1]
+    assert f"likelihood     {exact.nats_per_token:.4f} +- " in told
+    assert "draw" not in told
+    bound = json.loads(evaluate(path, data, "--json", "--objective", "mdlm", "--draws", "2")[1])
+    assert (bound["objective"], bound["draws"]) == ("mdlm", 2)
+    assert bound["bound_nats_per_token"] != exact.nats_per_token
+    status, _, err = evaluate(path, data, "--draws", "2")
+    assert status != 0
+    assert "--draws is 2: the objective ar has nothing to draw" in err
+
+
+def test_a_model_of_unknown_training_is_scored_by_its_direction(evaluate, checkpoint, data, tmp_path):
+    shutil.copytree(publish(tmp_path / "checkpoints", load("bytes"), direction="causal") / "model", tmp_path / "causal")
+    status, out, err = evaluate(tmp_path / "causal", data, "--json")
+    assert (status, json.loads(out)["objective"]) == (0, "ar")
+    assert "does not say its objective; it is causal, so taken as ar" in err
+    shutil.copytree(checkpoint / "model", tmp_path / "both")
+    status, out, err = evaluate(tmp_path / "both", data, "--json")
+    assert (status, json.loads(out)["objective"]) == (0, "mdlm")
+    status, _, err = evaluate(checkpoint, data, "--objective", "ar")
+    assert status != 0
+    assert "the objective ar needs a causal model" in err
+    assert "bidirectional" in err
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_documents_are_isolated_as_in_training_unless_told(evaluate, data, tmp_path, trained):
     path = publish(tmp_path / "checkpoints", load("bytes"), isolate_documents=trained)
@@ -168,7 +205,7 @@ def test_a_model_that_does_not_fit_the_data_is_refused(evaluate, data, tmp_path)
     assert "has mask id 257, the model of" in refusal(evaluate(wrong, data))
     config = SimpleNamespace(mask_token_id=257, vocab_size=257)
     with pytest.raises(ValueError, match=r"holds ids up to 257, but the vocabulary of x ends at 256"):
-        evaluate_command._require_vocabulary(config, ShardedSource.open(data / "train"), Path("x"))
+        evaluate_command._require_vocabulary(config, ShardedSource.open(data / "train"), Path("x"), masked=True)
 
 
 def test_weights_without_tokenizer_are_compared_by_ids(evaluate, checkpoint, data, tmp_path):

@@ -49,6 +49,20 @@ def test_causal_logits_are_those_of_transformers_to_the_bit(tied: bool) -> None:
     assert torch.equal(model(ids).logits, peer(ids).logits)
 
 
+@pytest.mark.parametrize("cuts", [[1] * 13, [5, 1, 1, 6], [6, 7], [13]])
+def test_incremental_logits_are_those_of_one_pass(cuts: list[int]) -> None:
+    model = _model(direction="causal").eval()
+    ids = _ids(2, 13)
+    whole = model(ids).logits
+    state, parts = None, []
+    for part in ids.split(cuts, dim=1):
+        logits, state = model.incremental(part, state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="of direction bidirectional sees later tokens"):
+        _model().incremental(ids)
+
+
 def test_bidirectional_is_the_default_and_later_tokens_change_earlier_logits() -> None:
     ids = _ids(1, 10)
     changed = ids.clone()

@@ -1,0 +1,38 @@
+"""What a checkpoint says of the training that it comes from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+OBJECTIVES = ("mdlm", "ar")
+
+
+def trained_identity(checkpoint: Path) -> dict[str, Any]:
+    """The run that wrote `checkpoint` (or the model/ folder of one), by configuration key; empty if nothing says it."""
+    from dlm_dist.training.checkpoint_files import TRAINER_STATE, load_trainer_state
+
+    for folder in (checkpoint, checkpoint.parent):
+        if (folder / TRAINER_STATE).is_file():
+            identity: dict[str, Any] = load_trainer_state(folder).get("identity", {})
+            return identity
+    return {}
+
+
+def objective_of(checkpoint: Path, direction: str, wanted: str | None, tell: bool = True) -> str:
+    """`wanted`, else the objective that `checkpoint` was trained with; `direction` is its model's.
+
+    Where nothing says it, a causal model counts as `ar` and any other as `mdlm`; with `tell` a note says so on
+    standard error. Raises ValueError for `ar` with a model that sees later tokens.
+    """
+    name = wanted or trained_identity(checkpoint).get("objective.name")
+    if name is None:
+        name = "ar" if direction == "causal" else "mdlm"
+        if tell:
+            print(
+                f"note: {checkpoint} does not say its objective; it is {direction}, so taken as {name}", file=sys.stderr
+            )
+    if name == "ar" and direction != "causal":
+        raise ValueError(f"the objective ar needs a causal model, and that of {checkpoint} is {direction}")
+    return str(name)
