@@ -14,7 +14,6 @@ Ends with one line of JSON. About five minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import describe, spread, take_turns
+from benchmarks.machine import describe, json_line, spread, take_turns
 from dlm_dist.kernels.wkv7 import LOG_DECAY_BOUND
 from dlm_dist.kernels.wkv7_chunked import wkv7_chunked, wkv7_reference
 
@@ -116,8 +115,8 @@ class Operands:
             key = F.normalize(key[:, :1] + 0.3 * key, dim=-1)
         else:
             assert kind == "random"
-        inputs = (normal(*tokens), log_w, k, normal(*tokens), -key, key * rate, normal(*states))
-        inputs = tuple(x.float().double().to(device) for x in inputs)
+        drawn = (normal(*tokens), log_w, k, normal(*tokens), -key, key * rate, normal(*states))
+        inputs = tuple(x.float().double().to(device) for x in drawn)
         out, state = (x.float().double().to(device) for x in (normal(*tokens), normal(*states)))
         return Operands(inputs, (out, state))
 
@@ -325,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print()
     for goal in result["goals"]:
         print(f"{'met' if goal['met'] else 'MISSED':<7} chunk {DEFAULT_CHUNK}, {goal['goal']}: {goal['value']:.3g}")
-    line = json.dumps(result)
+    line = json_line(result)
     print(line)
     if asked.output is not None:
         asked.output.write_text(line + "\n", encoding="utf-8")
