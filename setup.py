@@ -38,6 +38,8 @@ TEST_REQUIRES = [
     "hypothesis>=6.100",
     "ruff>=0.12",
     "mypy>=1.15",
+    # Runs RWKV-7 files on CPU: the client that reads what `dlm convert` writes.
+    "rwkv>=0.8.32",
 ]
 
 setup(

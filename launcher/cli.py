@@ -17,9 +17,11 @@ from launcher.data_commands import add_data_commands
 from launcher.evaluate_command import add_evaluate_command
 from launcher.generate_command import add_generate_command
 from launcher.info_commands import add_info_commands
+from launcher.model_commands import add_model_commands
 
 _GROUPS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     add_data_commands,
+    add_model_commands,
     add_generate_command,
     add_evaluate_command,
     add_checkpoint_commands,

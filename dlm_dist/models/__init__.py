@@ -82,7 +82,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, revision: str | Non
     `save_pretrained` wrote for one of our backbones; with `revision` (a commit, tag or branch) it is the id of such a
     model on the Hugging Face hub. Raises ValueError when there is no such model or it is incomplete.
     """
-    folder = _model_folder(Path(path) if revision is None else _download(str(path), revision))
+    folder = model_folder(Path(path) if revision is None else _download(str(path), revision))
     config_class, model_class = _classes(folder)
     config = config_class.from_pretrained(folder)
     loader: Any = model_class  # from_pretrained's annotation knows no loading info
@@ -105,25 +105,31 @@ def load(path: str | Path, dtype: torch.dtype | None = None, revision: str | Non
 
 def read_config(path: str | Path, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of the model that `load` would load. Raises ValueError when there is none."""
-    folder = _model_folder(Path(path) if revision is None else _download(str(path), revision))
+    folder = model_folder(Path(path) if revision is None else _download(str(path), revision))
     config: PreTrainedConfig = _classes(folder)[0].from_pretrained(folder)
     return config
 
 
 def _classes(folder: Path) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The configuration and model class that config.json in `folder` names."""
-    file = folder / "config.json"
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is no JSON object: {error}") from error
+    model_type = read_model_type(folder)
     by_type = {classes[0].model_type: classes for classes in BACKBONES.values()}
     if model_type not in by_type:
-        raise ValueError(
-            f"{file} says model_type {model_type!r}, which is none of ours ({', '.join(sorted(by_type))}):"
-            " foreign checkpoints cannot be loaded yet."
-        )
+        what = f"{folder / 'config.json'} says model_type {model_type!r}, which is none of ours"
+        if model_type == "rwkv7":
+            raise ValueError(f"{what}: convert it with `dlm convert --from fla {folder} DIR` and name DIR instead.")
+        raise ValueError(f"{what} ({', '.join(sorted(by_type))}): such a model cannot be loaded.")
     return by_type[model_type]
+
+
+def read_model_type(folder: Path) -> str | None:
+    """What config.json in `folder` says its model is, None where it says nothing. Raises ValueError if it is broken."""
+    file = folder / "config.json"
+    try:
+        model_type: str | None = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is no JSON object: {error}") from error
+    return model_type
 
 
 def _download(hub_id: str, revision: str) -> Path:
@@ -133,7 +139,13 @@ def _download(hub_id: str, revision: str) -> Path:
         raise ValueError(f"The model {hub_id!r} at revision {revision!r} cannot be fetched: {error}") from error
 
 
-def _model_folder(path: Path) -> Path:
+def model_folder(path: Path) -> Path:
+    """The folder with config.json and weights that `path` is or has as its model/. Raises ValueError."""
+    if path.suffix == ".pth" and path.is_file():
+        raise ValueError(
+            f"{path} is a file in BlinkDL's layout: convert it with `dlm convert --from blinkdl {path} DIR` and name "
+            "DIR instead."
+        )
     if not path.is_dir():
         raise ValueError(f"No model at {path}: there is no such folder (an id on the hub needs a revision).")
     for folder in (path / "model", path):

@@ -97,4 +97,10 @@ def _block_value(name: str, layer: int, shape: torch.Size, sizes: InitSizes, gen
 
 def _orthogonal(shape: torch.Size, gain: float, generator: torch.Generator) -> Tensor:
     """Orthonormal rows or columns, whichever are fewer, times `gain`."""
-    return torch.nn.init.orthogonal_(torch.empty(shape), gain, generator=generator)
+    threads = torch.get_num_threads()
+    # The last bits of a QR depend on how many threads share it, and initial values must not.
+    torch.set_num_threads(1)
+    try:
+        return torch.nn.init.orthogonal_(torch.empty(shape), gain, generator=generator)
+    finally:
+        torch.set_num_threads(threads)

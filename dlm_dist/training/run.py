@@ -46,7 +46,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = resolve_batch(config.train, world)
     sources = open_sources(config)
-    config = _resolve_sizes(config, sources[0])
+    config = resolve_sizes(config, sources[0])
     side = SideInputs.open(config, sources[0])
     lock, lock_notes = lock_run_dir(config.run.dir)
     resumed, notes = find_resume(config.run.dir, resume)
@@ -156,7 +156,7 @@ def open_sources(config: RunConfig) -> list[Source]:
     return sources
 
 
-def _resolve_sizes(config: RunConfig, source: Source) -> RunConfig:
+def resolve_sizes(config: RunConfig, source: Source) -> RunConfig:
     """Fill in what the data decides."""
     values: dict[str, Any] = {"data.sequence_length": source.sequence_length}
     if config.model.vocab_size is None:
@@ -212,27 +212,36 @@ def _build_model(
 ) -> tuple[Any, dict[str, list[str]] | None]:
     """The model in fp32 with rank 0's values, and the report of model.init_from if it was used. Collective."""
     report = None
-    settings = config.model
     try:
         if resumed is not None:
             model: Any = models.load(resumed.path, dtype=torch.float32)
         else:
-            sizes = settings.sizes()
-            if settings.init_from is not None:
-                sizes = given_ranks(settings.init_from, settings.init_revision, sizes) | sizes
-            model = models.build(settings.backbone, seed=config.run.seed, mask_token_id=source.mask_id, **sizes)
-            if settings.init_from is not None:
-                report = initialize_from(model, settings.init_from, settings.init_revision)
+            model, report = initial_model(config, source.mask_id)
     except ValueError as error:
         raise ConfigError([str(error)], "cannot make the model") from error
-    if settings.wkv7_kernel is not None:
-        model.set_kernel(settings.wkv7_kernel)
+    if config.model.wkv7_kernel is not None:
+        model.set_kernel(config.model.wkv7_kernel)
     # Orthogonal initial values come from a QR whose last bits may differ between kinds of processors.
     for parameter in model.parameters():
         dist.broadcast(parameter.data, src=0, group=host_group)
-    if settings.gradient_checkpointing:
+    if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, report
+
+
+def initial_model(config: RunConfig, mask_token_id: int) -> tuple[Any, dict[str, list[str]] | None]:
+    """The fp32 model on the CPU that a run of this configuration starts from, and the report of model.init_from.
+
+    `config` went through `resolve_sizes`. Raises ValueError where the model cannot be made.
+    """
+    settings = config.model
+    sizes = settings.sizes()
+    if settings.init_from is not None:
+        sizes = given_ranks(settings.init_from, settings.init_revision, sizes) | sizes
+    model = models.build(settings.backbone, seed=config.run.seed, mask_token_id=mask_token_id, **sizes)
+    if settings.init_from is None:
+        return model, None
+    return model, initialize_from(model, settings.init_from, settings.init_revision)
 
 
 def _objective(config: RunConfig, source: Source) -> Objective:

@@ -1,0 +1,183 @@
+"""RWKV-7 weights on their way between this project's folders and the layouts of others.
+
+Between reading and writing stands `Weights`: every tensor as it was stored, under BlinkDL's names (which are ours),
+with the sizes that belong to it. `conversion_blinkdl` and `conversion_fla` know the two foreign layouts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.initialization import no_init_weights
+
+from dlm_dist.models import model_folder, read_model_type
+from dlm_dist.models.rwkv7 import RWKV7Config, RWKV7ForDiffusion
+from dlm_dist.models.rwkv7_init import InitSizes, initial_value
+
+MAX_FILE_SIZE = "5GB"
+_UNUSED = tuple(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a causal RWKV-7 under BlinkDL's names, on the CPU, and its configuration.
+
+    `notes` are sentences for the user about what was not in the source.
+    """
+
+    config: RWKV7Config
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+    def cast(self, dtype: torch.dtype) -> Weights:
+        """The same weights in `dtype`."""
+        return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds every tensor without loss."""
+        dtypes = {tensor.dtype for tensor in self.tensors.values()}
+        widest = dtypes.pop()
+        for dtype in dtypes:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+
+def expected_shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model of this configuration, in the order of its state dict."""
+    with torch.device("meta"), no_init_weights():
+        model = RWKV7ForDiffusion(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_tensors(tensors: Mapping[str, object], expected: Mapping[str, tuple[int, ...]], origin: str | Path) -> None:
+    """Raise ValueError naming the first tensor that is missing, misshapen, not of floating point, or unknown."""
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{origin}: the tensor {name} is missing; expected one of shape {list(shape)}.")
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{origin}: {name} is of type {type(tensor).__name__}, expected a tensor {list(shape)}.")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{origin}: the tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}.")
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise ValueError(f"{origin}: the tensor {name} holds {tensor.dtype}, expected bf16, fp16, fp32 or fp64.")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            what = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{origin}: the tensor {name} ({what}) is none of RWKV-7's.")
+
+
+def fill_unused(config: RWKV7Config, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors, with initial values where layer 0's v0, v1, v2 are absent, and a note if they were.
+
+    Layer 0 mixes no earlier value into its own: BlinkDL's files hold these three, and nothing uses them.
+    """
+    absent = [name for name in _UNUSED if name not in tensors]
+    if not absent or "emb.weight" not in tensors:
+        return dict(tensors), ()
+    sizes = InitSizes(config.num_hidden_layers, config.hidden_size, config.head_size)
+    shapes, dtype = expected_shapes(config), tensors["emb.weight"].dtype
+    fresh = {name: initial_value(name, torch.Size(shapes[name]), sizes, 0).to(dtype) for name in absent}
+    return {**tensors, **fresh}, (f"{', '.join(absent)} are absent and got initial values (layer 0 does not use them)",)
+
+
+def read_folder(path: Path) -> Weights:
+    """The weights of one of our checkpoints or model folders.
+
+    Raises ValueError where it is no RWKV-7 model of direction causal, or its weights do not fit its configuration.
+    """
+    folder = model_folder(path)
+    model_type = read_model_type(folder)
+    if model_type != RWKV7Config.model_type:
+        raise ValueError(f"{folder} holds a model of type {model_type!r}: only RWKV-7 is converted.")
+    config = RWKV7Config.from_pretrained(folder)
+    if config.direction != "causal":
+        raise ValueError(
+            f"{path} has direction {config.direction}: other programs know one scan from left to right, so only "
+            "causal models can be exported."
+        )
+    tensors = read_safetensors(folder)
+    expected = expected_shapes(config)
+    check_tensors(tensors, expected, folder)
+    return Weights(config, {name: tensors[name] for name in expected})
+
+
+def write_folder(weights: Weights, destination: Path, mask_token_id: int) -> None:
+    """Write a folder that `models.load` opens. Raises ValueError where `destination` exists or the id cannot be."""
+    sizes = weights.config.to_dict() | {"mask_token_id": mask_token_id, "dtype": weights.dtype}
+    config = RWKV7Config.from_dict(sizes)
+    config.architectures = [RWKV7ForDiffusion.__name__]
+    with staged(destination) as folder:
+        config.save_pretrained(folder)
+        write_safetensors(weights.tensors, folder)
+
+
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, or of the files of its index, mapped into memory. Raises ValueError."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of safetensors files: {error}") from error
+    elif single.is_file():
+        files = [single.name]
+    else:
+        raise ValueError(f"{folder} has neither {single.name} nor {index.name}: the model's weights are missing.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_tensor_file(folder / file)
+    return tensors
+
+
+def read_tensor_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file. Raises ValueError where it is none or was cut short."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write model.safetensors, or several files of at most MAX_FILE_SIZE and their index."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_torch_state_dict(contiguous, folder, max_shard_size=MAX_FILE_SIZE, metadata={"format": "pt"})
+
+
+@contextmanager
+def staged(destination: Path) -> Iterator[Path]:
+    """A path on the same file system to write to, which takes the name `destination` when the block ends well.
+
+    Raises ValueError where `destination` exists; after any failure nothing is left behind.
+    """
+    refuse_existing(destination)
+    anchor = next(parent for parent in destination.absolute().parents if parent.exists())
+    stage = anchor / f".{destination.name}.{os.getpid()}.partial"
+    try:
+        yield stage
+        refuse_existing(destination)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        stage.rename(destination)
+    finally:
+        if stage.is_dir():
+            shutil.rmtree(stage)
+        else:
+            stage.unlink(missing_ok=True)
+
+
+def refuse_existing(destination: Path) -> None:
+    """Raise ValueError where something has this name already."""
+    if os.path.lexists(destination):
+        raise ValueError(f"{destination} exists already and is left as it is: name another place, or remove it first.")
