@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from data_pipeline.order import SampleOrder, SkipList
+from data_pipeline.errors import DataError
+from data_pipeline.order import CubicPrimeOrder, Order, SampleOrder, SkipList
 from data_pipeline.rows import Rows
 from data_pipeline.source import Source
 
@@ -21,7 +22,10 @@ Step = TypeVar("Step")
 
 
 class SampleStream:
-    """The endless sequence of training samples: sample number -> row, over weighted sources and skipped ranges."""
+    """The endless sequence of training samples: sample number -> row, over weighted sources and skipped ranges.
+
+    order: "keyed", by the seed, or "cubic_prime", BlinkDL's, of a single source; DataError for more of them.
+    """
 
     def __init__(
         self,
@@ -30,13 +34,14 @@ class SampleStream:
         seed: int,
         skip: SkipList | None = None,
         max_samples: int | None = None,
+        order: str = "keyed",
     ) -> None:
         sizes = [min(source.num_rows, max_samples or source.num_rows) for source in sources]
         self.sources = list(sources)
-        self.order = SampleOrder(sizes, weights, seed)
+        self.order = _order(order, sizes, weights, seed)
         self.skip = skip if skip is not None else SkipList([])
-        self.epoch_length = sum(sizes)
-        """Samples in one epoch: as many as there are rows in all sources together."""
+        self.epoch_length = self.order.epoch_length
+        """Samples in one epoch."""
 
     def positions(self, data_pos: int, n: int) -> np.ndarray:
         """Global positions [n] of the samples number data_pos .. data_pos + n - 1."""
@@ -57,6 +62,15 @@ class SampleStream:
                 tokens[chosen], document_ids[chosen] = rows.tokens, rows.document_ids
                 text_bytes[chosen], before[chosen] = rows.text_bytes, rows.before
         return Rows(tokens, document_ids, positions, text_bytes, before)
+
+
+def _order(name: str, sizes: Sequence[int], weights: Sequence[float], seed: int) -> Order:
+    if name == "keyed":
+        return SampleOrder(sizes, weights, seed)
+    assert name == "cubic_prime", name
+    if len(sizes) != 1:
+        raise DataError(f"the cubic-prime order is one of a single source, and there are {len(sizes)}")
+    return CubicPrimeOrder(sizes[0])
 
 
 class ReadAhead(Generic[Step]):

@@ -5,13 +5,15 @@ exact share of every period. The j-th draw from a source with N rows is row numb
 permutation of [0, N), keyed by (seed, source, epoch), says which row that is: a Feistel network on the
 smallest binary domain that holds N, walked along its cycles until it lands inside [0, N) (Black and Rogaway,
 "Ciphers with arbitrary finite domains", CT-RSA 2002). Nothing depends on the numpy version: golden vectors
-in the tests pin it.
+in the tests pin it. `CubicPrimeOrder` is another order, for those who want to repeat RWKV-LM's runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from math import isqrt
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +74,16 @@ def quotas(weights: Sequence[float], period: int = PERIOD) -> list[int]:
     return slots
 
 
+class Order(Protocol):
+    """Where the sample at a position lies: a function of the position alone."""
+
+    epoch_length: int
+    """Positions after which every row that the order draws was drawn once, in the mean over the sources."""
+
+    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """Positions int64 [n] -> source int32 [n], epoch int64 [n], row int64 [n]."""
+
+
 class SampleOrder:
     """Which row of which source each global position draws.
 
@@ -82,6 +94,7 @@ class SampleOrder:
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
         _check_mixture(sizes, weights)
         self.sizes = [int(size) for size in sizes]
+        self.epoch_length = sum(self.sizes)
         self.seed = seed
         self._quotas = np.array(quotas(weights), dtype=np.int64)
         if (self._quotas == 0).any():
@@ -112,6 +125,37 @@ class SampleOrder:
             epoch_keys = hash_uint64(derive_seed(key, "epoch"), epoch[here])
             row[here] = permute(within[here], size, key, epoch_keys)
         return source, epoch, row
+
+
+class CubicPrimeOrder:
+    """BlinkDL's order of the rows of one source (RWKV-LM), which needs no seed: the same for everyone.
+
+    p is the largest prime = 2 (mod 3) below `size`, so that x -> x^3 is a permutation of the numbers below p. Position
+    n, from 0 on, has row floor(p * (sqrt(5) - 1) / 2) * (n + 1)^3 mod p. After p samples the same permutation comes
+    again, as it does in RWKV-LM; the rows from p to size - 1 are never drawn. With the rows of a token file p is his
+    --magic_prime: the largest such prime below tokens / T - 1. Raises DataError for fewer than 3 rows.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.prime = cubic_prime(size)
+        self.epoch_length = self.prime
+        # floor((sqrt(5 p^2) - p) / 2), and the inner floor changes nothing, as p is an integer.
+        self._factor = (isqrt(5 * self.prime**2) - self.prime) // 2
+
+    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+        """Positions int64 [n] -> source int32 [n] (all 0), epoch int64 [n], row int64 [n]."""
+        prime = self.prime
+        # Python's integers: the products pass 64 bits.
+        rows = [self._factor * pow(n + 1, 3, prime) % prime for n in positions.tolist()]
+        return np.zeros(len(rows), dtype=np.int32), positions // prime, np.array(rows, dtype=np.int64)
+
+
+def cubic_prime(size: int) -> int:
+    """The largest prime = 2 (mod 3) below `size`. Raises DataError if there is none."""
+    for candidate in range(size - 1, 1, -1):
+        if candidate % 3 == 2 and all(candidate % divisor for divisor in range(2, isqrt(candidate) + 1)):
+            return candidate
+    raise DataError(f"the cubic-prime order needs a source of at least 3 rows, and this one has {size}")
 
 
 def _check_mixture(sizes: Sequence[int], weights: Sequence[float]) -> None:

@@ -46,7 +46,13 @@ class SourceRows(NamedTuple):
     before: NDArray[np.int64]
 
 
-def document_ids(tokens: NDArray[np.integer], eos_id: int) -> NDArray[np.int32]:
-    """Number the documents of each row from 0, [..., T] -> [..., T]; end of text ends its document."""
-    ends = tokens == eos_id
-    return (np.cumsum(ends, axis=-1) - ends).astype(np.int32)
+def document_ids(
+    tokens: NDArray[np.integer], delimiter: int, delimiter_starts_document: bool = False
+) -> NDArray[np.int32]:
+    """Number the documents of each row from 0, [..., T] -> [..., T].
+
+    The delimiter ends its document, as our end of text does, or starts it, as in the files of llm.c.
+    """
+    delimiters = tokens == delimiter
+    seen = np.cumsum(delimiters, axis=-1)
+    return (seen - (seen[..., :1] if delimiter_starts_document else delimiters)).astype(np.int32)

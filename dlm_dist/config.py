@@ -275,9 +275,13 @@ class ObjectiveSection(Section):
 
 
 class SourceSection(Section):
-    """One built data set and its share of the samples."""
+    """One data set and its share of the samples."""
 
-    path: Location = Field(description="directory of a built data set (`dlm data build`)")
+    path: Location = Field(
+        description="directory of a built data set (`dlm data build`); or token files, with data.tokenizer and "
+        "data.sequence_length: the prefix of a Megatron .bin and .idx, or a .bin file, a directory or a pattern of "
+        ".bin files of llm.c"
+    )
     weight: Annotated[float, Field(gt=0.0)] = Field(
         default=1.0, description="share of the samples, relative to the other sources"
     )
@@ -289,9 +293,21 @@ class DataSection(Section):
     train: tuple[SourceSection, ...] = Field(
         default=(), description="data sets to train on, each with a path and a weight; at least one"
     )
-    validation: Location | None = Field(default=None, description="data set of held-out rows; null = no evaluation")
+    validation: Location | None = Field(
+        default=None, description="data set of held-out rows, of the same kinds; null = no evaluation"
+    )
     sequence_length: Positive | None = Field(
-        default=None, description="tokens per row; null = that of the training data"
+        default=None, description="tokens per row; null = that of the training data, which token files do not have"
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="tokenizer that made the token files, as `dlm data build --tokenizer` takes it; null for built "
+        "data sets, which have their own",
+    )
+    order: Literal["keyed", "cubic_prime"] = Field(
+        default="keyed",
+        description="keyed: a new permutation each epoch, by run.seed; cubic_prime: the order of RWKV-LM, of a single "
+        "source, the same each epoch",
     )
     random_length_prob: Fraction = Field(
         description="share of samples cut to a length drawn uniformly from 1 to sequence_length; null = 0.01, for the "
@@ -310,6 +326,8 @@ class DataSection(Section):
     def contradictions(self) -> Iterator[Mistake]:
         if not self.train:
             yield Mistake("data.train", "data.train is missing: expected a list of data sets, each {path, weight}")
+        if self.order == "cubic_prime" and len(self.train) > 1:
+            yield about("data.order", self.order, f"expected keyed, since data.train has {len(self.train)} sources")
         for i, (start, end) in enumerate(self.skip):
             if start >= end:
                 yield about(f"data.skip.{i}", [start, end], "expected [start, end) with start smaller than end")

@@ -35,7 +35,15 @@ def add_evaluate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="RUN/checkpoints/step-N, or a model folder")
-    add("--data", type=Path, required=True, metavar="DIR", help="a data set; its validation/ where it has one")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a data set (its validation/ where it has one), or token files of Megatron or llm.c",
+    )
+    add("--tokenizer", metavar="NAME|PATH", help="tokenizer of token files, as in `dlm data build`")
+    add("--sequence-length", type=_positive, metavar="N", help="tokens per row of token files")
     add("--rows", type=_positive, metavar="N", help="only the first N rows (default: all)")
     add("--objective", choices=OBJECTIVES, help="how the rows are scored (default: as the checkpoint was trained)")
     add(
@@ -63,8 +71,7 @@ def _positive(text: str) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Print the bound. Returns 0; raises ValueError for the user's mistakes. Collective where RANK is set."""
-    source = _open(arguments.data, "validation")
-    train = _open(arguments.unigram_from, "train") if arguments.unigram_from is not None else None
+    source, train = _open_both(arguments)
     _require_whole(arguments.checkpoint)
     compared = _require_same_tokens(arguments.checkpoint, source)
     if train is not None and train.tokenizer_description["fingerprint"] != source.tokenizer_description["fingerprint"]:
@@ -154,12 +161,25 @@ def _told(report: dict[str, Any], train: Source | None) -> str:
 # --- data and checkpoint belong together -----------------------------------------------------------------------
 
 
-def _open(path: Path, split: str) -> Source:
-    """The source at `path`, or its `split` where it holds several."""
-    from data_pipeline.shards import ShardedSource, source_folders
+def _open_both(arguments: argparse.Namespace) -> tuple[Source, Source | None]:
+    """The held-out rows, and the source of --unigram-from. Raises ValueError for what is not asked for as it is."""
+    from data_pipeline import tokenizers
+    from data_pipeline.shards import source_folders
+    from data_pipeline.sources import is_token_files, open_source
 
-    folders = source_folders(path)
-    return ShardedSource.open(path / split if path / split in folders else path)
+    paths = [path for path in (arguments.data, arguments.unigram_from) if path is not None]
+    given = arguments.tokenizer is not None or arguments.sequence_length is not None
+    if given and not any(is_token_files(path) for path in paths):
+        raise ValueError(f"--tokenizer and --sequence-length are for token files, and {arguments.data} is a data set")
+    tokenizer = tokenizers.load(arguments.tokenizer) if arguments.tokenizer is not None else None
+
+    def opened(path: Path, split: str) -> Source:
+        if is_token_files(path):
+            return open_source(path, arguments.sequence_length, tokenizer)
+        return open_source(path / split if path / split in source_folders(path) else path)
+
+    source = opened(arguments.data, "validation")
+    return source, opened(arguments.unigram_from, "train") if arguments.unigram_from is not None else None
 
 
 def _require_whole(checkpoint: Path) -> None:

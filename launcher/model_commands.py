@@ -65,7 +65,8 @@ def run_init(arguments: argparse.Namespace) -> int:
 
     from dlm_dist.models.conversion import Weights, refuse_existing, staged
     from dlm_dist.models.conversion_blinkdl import write_blinkdl
-    from dlm_dist.training.run import initial_model, open_sources, resolve_sizes
+    from dlm_dist.training.run import initial_model, resolve_sizes
+    from dlm_dist.training.sources import open_sources
 
     refuse_existing(arguments.out)
     source = open_sources(config)[0]

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from data_pipeline.loader import SampleStream
-from data_pipeline.shards import ShardedSource
 from data_pipeline.source import Source
 from data_pipeline.tokenizer_base import Tokenizer
-from dlm_dist.config import ConfigError, RunConfig
+from dlm_dist.config import RunConfig
 from dlm_dist.evaluation.bound import evaluate_bound
 from dlm_dist.generation.samplers import generate
 from dlm_dist.training import checkpoint
@@ -19,6 +18,7 @@ from dlm_dist.training.loop import Progress
 from dlm_dist.training.metrics import MetricsLog
 from dlm_dist.training.records import versions
 from dlm_dist.training.resume import topology
+from dlm_dist.training.sources import open_validation
 
 SAMPLE_TOKENS = 64
 """Length of the texts of train.sample_every."""
@@ -38,15 +38,7 @@ class SideInputs:
         tokenizer = train.load_tokenizer()
         validation = None
         if config.data.validation is not None:
-            validation = ShardedSource.open(config.data.validation)
-            theirs, ours = validation.tokenizer_description, train.tokenizer_description
-            if theirs["fingerprint"] != ours["fingerprint"]:
-                raise ConfigError(
-                    [
-                        f"data.validation {config.data.validation} was built with the tokenizer {theirs['name']}, the "
-                        f"training data with {ours['name']}: build both with the same one"
-                    ]
-                )
+            validation = open_validation(config.data.validation, train)
         prompt = config.train.sample_prompt if config.train.sample_every is not None else ""
         return cls(tokenizer, validation, tokenizer.encode(prompt).tolist())
 

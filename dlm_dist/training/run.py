@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead, SampleStream
-from data_pipeline.shards import ShardedSource
 from data_pipeline.source import Source
 from dlm_dist import models
 from dlm_dist.config import ConfigError, RunConfig, resolve_batch, updated
@@ -35,6 +34,7 @@ from dlm_dist.training.resume import (
     skip_list,
     topology,
 )
+from dlm_dist.training.sources import open_sources
 
 
 def train(config: RunConfig, device: torch.device, resume: str | None, command: Sequence[str]) -> None:
@@ -50,15 +50,14 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     side = SideInputs.open(config, sources[0])
     lock, lock_notes = lock_run_dir(config.run.dir)
     resumed, notes = find_resume(config.run.dir, resume)
-    notes = [*lock_notes, *notes]
+    notes = [*lock_notes, *notes, *(note for source in [*sources, side.validation] if source for note in source.notes)]
     identity = run_identity(config, sources)
     if resumed is not None:
         require_same(resumed, identity)
         notes += inexact_notes(resumed, topology(config))
     weights = [entry.weight for entry in config.data.train]
-    stream = SampleStream(
-        sources, weights, config.run.seed, skip_list(config.data.skip, resumed), config.data.max_samples
-    )
+    skip = skip_list(config.data.skip, resumed)
+    stream = SampleStream(sources, weights, config.run.seed, skip, config.data.max_samples, config.data.order)
     max_steps = _total_steps(config, stream)
     backend, fallbacks = _wkv7_backend(config, device)
     # Only now: the self-test of the kernels uses operations that have no deterministic form on CUDA.
@@ -125,35 +124,6 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
             log.close(finished)
         if lock is not None:
             lock.close()
-
-
-def open_sources(config: RunConfig) -> list[Source]:
-    """The training data sets; ConfigError if they do not belong together or do not fit the configuration."""
-    sources: list[Source] = [ShardedSource.open(entry.path) for entry in config.data.train]
-    first = sources[0]
-    mistakes = []
-    for entry, source in zip(config.data.train, sources, strict=True):
-        for name in ("sequence_length", "vocab_size", "mask_id", "eos_id"):
-            if getattr(source, name) != getattr(first, name):
-                mistakes.append(
-                    f"data.train: {entry.path} has {name} {getattr(source, name)}, {config.data.train[0].path} has "
-                    f"{getattr(first, name)}: build them with the same tokenizer and sequence length"
-                )
-    wanted = config.data.sequence_length
-    if wanted is not None and wanted != first.sequence_length:
-        mistakes.append(
-            f"data.sequence_length is {wanted}, but {config.data.train[0].path} holds rows of "
-            f"{first.sequence_length} tokens: leave the key out or build the data with --sequence-length {wanted}"
-        )
-    vocabulary = config.model.vocab_size
-    if vocabulary is not None and vocabulary < max(first.vocab_size, first.mask_id + 1):
-        mistakes.append(
-            f"model.vocab_size is {vocabulary}, but the data needs ids up to "
-            f"{max(first.vocab_size, first.mask_id + 1) - 1} (mask id {first.mask_id}): leave the key out"
-        )
-    if mistakes:
-        raise ConfigError(mistakes)
-    return sources
 
 
 def resolve_sizes(config: RunConfig, source: Source) -> RunConfig:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import islice
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from data_pipeline.order import PERIOD, SampleOrder, SkipList, permute, quotas
+from data_pipeline.order import PERIOD, CubicPrimeOrder, SampleOrder, SkipList, cubic_prime, permute, quotas
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**62))
@@ -154,3 +155,61 @@ def test_skipping_changes_nothing_before_the_range() -> None:
     assert skipping.positions(99, 3).tolist() == [99, 200, 201]
     assert skipping.passed(100) == []
     assert skipping.passed(101) == [(100, 200)]
+
+
+# --- BlinkDL's order -------------------------------------------------------------------------------------------
+
+
+def test_cubic_prime_is_the_published_one() -> None:
+    """--magic_prime of RWKV-LM's recipes: minipile at 512 tokens, the Pile at 4096."""
+    assert cubic_prime((1498226207 - 1) // 512) == 2926181
+    assert cubic_prime((332115325534 - 1) // 4096) == 81082817
+
+
+@given(st.integers(3, 5000))
+def test_cubic_prime_is_the_largest_below(size: int) -> None:
+    prime = cubic_prime(size)
+    is_prime = [all(n % d for d in range(2, n)) for n in range(prime, size)]
+    assert prime % 3 == 2
+    assert is_prime[0]
+    assert not any(is_prime[i] for i in range(1, len(is_prime)) if (prime + i) % 3 == 2)
+
+
+@given(st.integers(3, 3000))
+def test_cubic_order_hits_every_row_below_the_prime_once_an_epoch(size: int) -> None:
+    order = CubicPrimeOrder(size)
+    assert order.epoch_length == order.prime < size
+    source, epoch, row = order.locate(np.arange(3 * order.prime))
+    assert not source.any()
+    assert np.array_equal(epoch, np.repeat([0, 1, 2], order.prime))
+    first, *others = row.reshape(3, -1)
+    assert np.array_equal(np.sort(first), np.arange(order.prime))
+    assert all(np.array_equal(other, first) for other in others)
+
+
+@pytest.mark.parametrize("size", [2926221, 81082843, 10**9, 7 * 10**9])
+def test_cubic_order_is_that_of_rwkv_lm(size: int) -> None:
+    """Its dataset.py computes the factor in floats, the rest in Python's integers."""
+    order = CubicPrimeOrder(size)
+    factor = int(order.prime * ((math.sqrt(5) - 1) / 2))
+    positions = np.array([0, 1, 2, 40319, 40320, 2_000_000, order.prime - 1, order.prime, 10**15])
+    expected = [factor * (n + 1) ** 3 % order.prime for n in positions.tolist()]
+    assert order.locate(positions)[2].tolist() == expected
+    assert max(expected) < order.prime
+
+
+def test_cubic_golden_vectors() -> None:
+    """These never change: a run of yesterday must find the same rows tomorrow."""
+    source, epoch, row = CubicPrimeOrder((1498226207 - 1) // 512).locate(np.array([0, 1, 2, 40320, 2926180, 2926181]))
+    assert row.tolist() == GOLDEN_CUBIC
+    assert epoch.tolist() == [0, 0, 0, 0, 0, 1]
+    assert (source.dtype, epoch.dtype, row.dtype) == (np.int32, np.int64, np.int64)
+
+
+GOLDEN_CUBIC = [1808479, 2763108, 2010037, 1232952, 0, 1808479]
+
+
+def test_cubic_order_needs_three_rows_and_one_source() -> None:
+    assert CubicPrimeOrder(3).locate(np.arange(4))[2].tolist() == [1, 0, 1, 0]
+    with pytest.raises(DataError, match="at least 3 rows, and this one has 2"):
+        CubicPrimeOrder(2)
