@@ -37,6 +37,19 @@ class TextEncoder(Protocol):
         """Text to ids."""
 
 
+class TextIds(Protocol):
+    """What `ids_without_text` needs of a tokenizer."""
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def token_bytes(self) -> NDArray[np.int64] | None:
+        """Bytes of text per id [vocab_size], None if unknown."""
+
+
 class DecodingOptions(TypedDict, total=False):
     """Options of every function here; `Decoding` says what each one means and its default."""
 
@@ -95,7 +108,7 @@ def generate(
     """
     if length < 1:
         raise ValueError(f"length is {length}: there must be at least one token to generate.")
-    prompts = _batch(prompt_ids, model)
+    prompts = as_batch(prompt_ids, model)
     batch, start = prompts.shape
     ids = torch.cat([prompts, prompts.new_full((batch, length), _mask_id(model))], dim=1)
     fillable = torch.zeros_like(ids, dtype=torch.bool)
@@ -123,7 +136,7 @@ def infill(
     Rows may have different numbers of masks. `document_ids` [B, T] goes to the model; -1 marks padding. Under ZeRO-3
     collective: every rank must call, with equal arguments.
     """
-    ids = _batch(ids_with_masks, model)
+    ids = as_batch(ids_with_masks, model)
     filled = denoise(model, ids, ids == _mask_id(model), steps, document_ids=document_ids, **options)
     return filled.view(np.shape(ids_with_masks)).cpu()
 
@@ -233,7 +246,7 @@ def _predict(
     model: PreTrainedModel, sampler: _Sampler, ids: Tensor, hidden: Tensor, document_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A token [B, T] for each hidden position, and how sure it is [B, T] fp32 (-inf elsewhere)."""
-    with _evaluating(model):
+    with evaluating(model):
         logits = model(input_ids=ids, document_ids=document_ids).logits
     rows, columns = hidden.nonzero(as_tuple=True)
     tokens = ids.clone()
@@ -245,7 +258,7 @@ def _predict(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode inside, the mode it had afterwards."""
     training = model.training
     model.eval()
@@ -269,7 +282,24 @@ def _blocks(fillable: Tensor, block_length: int | None) -> Tensor:
     return block.masked_fill(~fillable, -1)
 
 
-def _batch(ids: Ids, model: PreTrainedModel) -> Tensor:
+def ids_without_text(tokenizer: TextIds, vocabulary: int) -> list[int]:
+    """Ids that stand for no text, end of text apart: reserved, unused, or beyond the tokenizer's vocabulary."""
+    beyond = list(range(tokenizer.vocab_size, vocabulary))
+    lengths = tokenizer.token_bytes()
+    if lengths is None:
+        return beyond
+    return [int(token) for token in (lengths == 0).nonzero()[0] if token != tokenizer.eos_id] + beyond
+
+
+def until_the_end(ids: Tensor, eos_id: int) -> list[int]:
+    """`ids` [T] without the end-of-text tokens that fill them up behind the text."""
+    text: list[int] = ids.tolist()
+    while text and text[-1] == eos_id:
+        text.pop()
+    return text
+
+
+def as_batch(ids: Ids, model: PreTrainedModel) -> Tensor:
     """Ids [B, T] or [T] as int64 [B, T] on the model's device."""
     tensor = torch.as_tensor(ids, dtype=torch.long, device=model.device)
     if tensor.dim() not in (1, 2) or (tensor.dim() == 2 and tensor.shape[0] == 0):

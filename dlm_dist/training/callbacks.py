@@ -12,7 +12,8 @@ from data_pipeline.source import Source
 from data_pipeline.tokenizer_base import Tokenizer
 from dlm_dist.config import RunConfig
 from dlm_dist.evaluation.bound import evaluate_bound
-from dlm_dist.generation.samplers import generate
+from dlm_dist.generation.autoregressive import continue_text
+from dlm_dist.generation.samplers import generate, ids_without_text, until_the_end
 from dlm_dist.training import checkpoint
 from dlm_dist.training.loop import Progress
 from dlm_dist.training.metrics import MetricsLog
@@ -83,12 +84,23 @@ class Callbacks:
 
     def sample(self, step: int) -> None:
         """A text that continues train.sample_prompt; every rank runs it, since ZeRO-3 gathers weights."""
-        model = self.engine.module
+        model, tokenizer = self.engine.module, self.side.tokenizer
         model.eval()
-        ids = generate(model, self.side.prompt, SAMPLE_TOKENS, steps=SAMPLE_TOKENS // 2, seed=step)
+        if self.config.objective.name == "ar":
+            ids = continue_text(
+                model,
+                self.side.prompt,
+                SAMPLE_TOKENS,
+                eos_id=tokenizer.eos_id,
+                seed=step,
+                temperature=1.0,
+                forbidden_ids=ids_without_text(tokenizer, model.config.vocab_size),
+            )
+        else:
+            ids = generate(model, self.side.prompt, SAMPLE_TOKENS, steps=SAMPLE_TOKENS // 2, seed=step)
         model.train()
         if self.log is not None:
-            self.log.sample(step, self.side.tokenizer.decode(ids.tolist()))
+            self.log.sample(step, tokenizer.decode(until_the_end(ids, tokenizer.eos_id)))
 
     def save(self, progress: Progress) -> None:
         """A checkpoint, then retention."""
