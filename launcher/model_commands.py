@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from data_pipeline.tokenizer_base import Tokenizer
+    from dlm_dist.models.conversion import Weights
 
 _LAYOUTS = ("blinkdl", "fla")
 _WORLD_ROWS = 65536
@@ -45,7 +48,8 @@ def add_model_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
         "--mask-token-id",
         type=int,
         metavar="N",
-        help="with --from: the id that will stand for a hidden token (default for 65,536 ids: that of rwkv-world)",
+        help="with --from: the id that is to stand for a hidden token (default: that of rwkv-world, which is then "
+        "saved beside the weights; needed for a vocabulary of other than 65,536 ids)",
     )
     convert.add_argument("--dtype", choices=("bf16", "fp32"), help="of the tensors (default: as stored)")
     convert.set_defaults(run=run_convert)
@@ -109,25 +113,27 @@ def run_convert(arguments: argparse.Namespace) -> int:
         print(f"note: {note}")
     if arguments.dtype is not None:
         weights = weights.cast(_dtype(arguments.dtype))
-    if arguments.source_layout is not None:
-        write_folder(weights, arguments.destination, _mask_token_id(arguments, weights.config.vocab_size))
+    if arguments.mask_token_id is not None:
+        write_folder(weights, arguments.destination, arguments.mask_token_id)
+    elif arguments.source_layout is not None:
+        tokenizer = _world_tokenizer(arguments.source, weights.config.vocab_size)
+        write_folder(weights, arguments.destination, tokenizer.mask_id, tokenizer.save)
     else:
         {"blinkdl": write_blinkdl, "fla": write_fla}[arguments.target_layout](weights, arguments.destination)
     print(f"{arguments.destination}: {_described(weights)}")
     return 0
 
 
-def _mask_token_id(arguments: argparse.Namespace, vocab_size: int) -> int:
-    if arguments.mask_token_id is not None:
-        return int(arguments.mask_token_id)
+def _world_tokenizer(source: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of all RWKV-7 models with this many ids. Raises ValueError for another number."""
     if vocab_size != _WORLD_ROWS:
         raise ValueError(
-            f"{arguments.source} has a vocabulary of {vocab_size} ids, not the {_WORLD_ROWS} of RWKV World: say with "
+            f"{source} has a vocabulary of {vocab_size} ids, not the {_WORLD_ROWS} of RWKV World: say with "
             "--mask-token-id which of them is to stand for a hidden token."
         )
     from data_pipeline import tokenizers
 
-    return tokenizers.load("rwkv-world").mask_id
+    return tokenizers.load("rwkv-world")
 
 
 def _require_whole(checkpoint: Path) -> None:
@@ -140,7 +146,7 @@ def _require_whole(checkpoint: Path) -> None:
             raise ValueError(f"{checkpoint} is damaged: {problems[0]}")
 
 
-def _described(weights: Any) -> str:
+def _described(weights: Weights) -> str:
     config, ranks = weights.config, weights.config.lora_ranks
     numbers = [tensor.numel() for tensor in weights.tensors.values()]
     return (

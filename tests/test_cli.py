@@ -31,7 +31,7 @@ def test_help_lists_the_commands_and_starts_fast():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
-    for name in ("data", "generate", "evaluate", "checkpoint", "doctor"):
+    for name in ("data", "init", "convert", "generate", "evaluate", "checkpoint", "doctor"):
         assert re.search(rf"^ {{4}}{name}\b", done.stdout, re.MULTILINE), name
     # Processor time, which a busy machine does not lengthen as it does the time on the clock.
     assert min(seconds) < 0.3

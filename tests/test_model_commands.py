@@ -125,6 +125,7 @@ def test_the_mask_id_of_the_world_vocabulary_is_known_and_others_are_asked_for(
     assert dlm("init", config, tmp_path / "world.pth", *small, "model.vocab_size=65536", "--dtype", "bf16") == 0
     assert dlm("convert", "--from", "blinkdl", tmp_path / "world.pth", tmp_path / "world") == 0
     assert models.load(tmp_path / "world").config.mask_token_id == 65535
+    assert Tokenizer.load(tmp_path / "world" / "tokenizer").name == "rwkv-world"
     assert dlm("init", config, tmp_path / "bytes.pth", *small) == 0
     convert = ("convert", "--from", "blinkdl", tmp_path / "bytes.pth", tmp_path / "bytes")
     text = mistake(capsys, *convert)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,14 +113,21 @@ def read_folder(path: Path) -> Weights:
     return Weights(config, {name: tensors[name] for name in expected})
 
 
-def write_folder(weights: Weights, destination: Path, mask_token_id: int) -> None:
-    """Write a folder that `models.load` opens. Raises ValueError where `destination` exists or the id cannot be."""
+def write_folder(
+    weights: Weights, destination: Path, mask_token_id: int, save_tokenizer: Callable[[Path], None] | None = None
+) -> None:
+    """Write a folder that `models.load` opens; `save_tokenizer` gets the path of tokenizer/ in it.
+
+    Raises ValueError where `destination` exists or the model's vocabulary has no such mask id.
+    """
     sizes = weights.config.to_dict() | {"mask_token_id": mask_token_id, "dtype": weights.dtype}
     config = RWKV7Config.from_dict(sizes)
     config.architectures = [RWKV7ForDiffusion.__name__]
     with staged(destination) as folder:
         config.save_pretrained(folder)
         write_safetensors(weights.tensors, folder)
+        if save_tokenizer is not None:
+            save_tokenizer(folder / "tokenizer")
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
