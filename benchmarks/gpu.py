@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import sys
 import time
 import warnings
@@ -45,6 +46,7 @@ from dlm_dist.kernels.wkv7 import (
 )
 from dlm_dist.models.rwkv7_layers import TimeMix
 
+REPEATS = 3
 Rows = list[dict[str, Any]]
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
@@ -251,7 +253,10 @@ def used_parameters(module: torch.nn.Module) -> list[Tensor]:
 def in_turns(
     functions: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, memory: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """`ms` of each function, in turns, with `memory` its peak in GB as well; one that fails has `failed` instead."""
+    """`ms` of each function, in turns, with `memory` its peak in GB as well; one that fails has `failed` instead.
+
+    A timing is of REPEATS calls, so that the host is ahead of the device.
+    """
     results: dict[str, dict[str, Any]] = {}
     for name, function in functions.items():
         try:
@@ -259,10 +264,18 @@ def in_turns(
             results[name] = {"peak_gb": _peak_gb(function, device)} if memory else {}
         except Exception as failure:  # a compiler, launch or memory error: the others are still measured
             results[name] = {"failed": sentence(failure)}
-    running = {name: function for name, function in functions.items() if "failed" not in results[name]}
+    running = {name: _repeated(function) for name, function in functions.items() if "failed" not in results[name]}
     for name, seconds in take_turns(running, device, rounds).items():
-        results[name] = {"ms": spread([1e3 * value for value in seconds])} | results[name]
+        results[name] = {"ms": spread([1e3 * value / REPEATS for value in seconds])} | results[name]
     return results
+
+
+def _repeated(function: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(REPEATS):
+            function()
+
+    return run
 
 
 def _peak_gb(function: Callable[[], object], device: torch.device) -> float | None:
@@ -360,22 +373,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(asked: argparse.Namespace, sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """All that the command line asks for, as the object that is printed last."""
+    """All that the command line asks for, as the object that is printed last.
+
+    After every section the file of `--output` holds what there is so far.
+    """
     rates = spread(gemm_rates(device, torch.bfloat16, 8192 if device.type == "cuda" else 512, 10))
     print(f"bf16 matrix product: {rates['max'] / 1e12:.1f} TFLOP/s", flush=True)
     parts = sections(sizes, device, asked.rounds, asked.steps, rates["max"])
-    found = {}
-    for name in asked.sections:
-        found[name] = run_section(name, parts[name])
-        print_section(name, found[name])
-        sys.stdout.flush()
-    return {
+    result: dict[str, Any] = {
         "benchmark": "gpu",
         **describe(device),
         "options": {"sections": asked.sections, "rounds": asked.rounds, "steps": asked.steps, "sizes": asdict(sizes)},
         "gemm_flops": rates,
-        "sections": found,
+        "tilelang": importlib.util.find_spec("tilelang") is not None,  # fla prefers it to Triton where it finds it
+        "sections": {},
     }
+    for name in asked.sections:
+        section = result["sections"][name] = run_section(name, parts[name])
+        print_section(name, section)
+        sys.stdout.flush()
+        if asked.output is not None:
+            asked.output.write_text(json_line(result) + "\n", encoding="utf-8")
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -385,10 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.gpu needs a CUDA device, and torch finds none on this machine.", file=sys.stderr)
         return 2
     result = measure(asked, Sizes(), torch.device("cuda", torch.cuda.current_device()))
-    line = json_line(result)
-    print(line)
-    if asked.output is not None:
-        asked.output.write_text(line + "\n", encoding="utf-8")
+    print(json_line(result))
     return 1 if any(section["failures"] for section in result["sections"].values()) else 0
 
 
