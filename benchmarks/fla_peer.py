@@ -14,26 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlm_dist.models.conversion_fla import fla_name
 from dlm_dist.models.rwkv7_layers import LoraRanks, TimeMix
-
-_MIX_NAMES = {
-    "receptance.weight": "r_proj.weight",
-    "key.weight": "k_proj.weight",
-    "value.weight": "v_proj.weight",
-    "output.weight": "o_proj.weight",
-    "ln_x.weight": "g_norm.weight",
-    "ln_x.bias": "g_norm.bias",
-}
-_LORA_PARTS = {"0": "lora.2.bias", "1": "lora.0.weight", "2": "lora.2.weight"}
-_MODEL_NAMES = (
-    (r"^emb\.", "model.embeddings."),
-    (r"^head\.", "lm_head."),
-    (r"^ln_out\.", "model.norm."),
-    (r"^blocks\.", "model.layers."),
-    (r"\.ln0\.", ".pre_norm."),
-    (r"\.ln1\.", ".attn_norm."),
-    (r"\.ln2\.", ".ffn_norm."),
-)
 
 
 def build_peer(model: Any, device: torch.device, dtype: torch.dtype, fused: bool = True) -> nn.Module:
@@ -61,7 +43,7 @@ def build_peer(model: Any, device: torch.device, dtype: torch.dtype, fused: bool
             )
         )
     theirs = theirs.to_empty(device=device).to(dtype)
-    _copy_weights(theirs, {_model_name(name): weight for name, weight in model.state_dict().items()})
+    _copy_weights(theirs, model.state_dict(), "", "")
     return theirs
 
 
@@ -82,7 +64,7 @@ def build_peer_layer(mix: TimeMix, layer: int, num_layers: int, fused: bool = Tr
             fuse_norm=fused,
         )
     theirs = theirs.to_empty(device=mix.x_r.device).to(mix.x_r.dtype)
-    _copy_weights(theirs, {_mix_name(name): weight for name, weight in mix.state_dict().items()})
+    _copy_weights(theirs, mix.state_dict(), f"blocks.{layer}.att.", f"model.layers.{layer}.attn.")
     return theirs
 
 
@@ -95,30 +77,15 @@ def _rank_arguments(ranks: LoraRanks) -> dict[str, int]:
     }
 
 
-def _mix_name(name: str) -> str:
-    """fla's name of a parameter of a time mix."""
-    lora = re.fullmatch(r"([wavg])([012])", name)
-    return f"{lora[1]}_lora.{_LORA_PARTS[lora[2]]}" if lora else _MIX_NAMES.get(name, name)
-
-
-def _model_name(name: str) -> str:
-    """fla's name of a parameter of the model."""
-    before, mix, rest = name.partition(".att.")
-    if mix:
-        name = f"{before}.attn.{_mix_name(rest)}"
-    for pattern, replacement in _MODEL_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 @torch.no_grad()
-def _copy_weights(theirs: nn.Module, ours: Mapping[str, Tensor]) -> None:
-    """Every parameter of `theirs` from `ours` by name; only layer 0's unused v0, v1, v2 may be left over."""
+def _copy_weights(theirs: nn.Module, ours: Mapping[str, Tensor], our_prefix: str, their_prefix: str) -> None:
+    """Every parameter of `theirs` from `ours`; the prefixes lead from a part's names to those of the whole model."""
     assert not list(theirs.buffers()), "a buffer of fla's model would stay unset"
-    parameters = dict(theirs.named_parameters())
-    for name, parameter in parameters.items():
-        weight = ours[name]
-        transposed = re.search(r"_lora\.lora\.\d\.weight$", name) is not None
-        parameter.copy_((weight.T if transposed else weight).reshape(parameter.shape))
-    left_over = [name for name in ours if name not in parameters]
-    assert all("v_lora" in name for name in left_over), left_over
+    unset = dict(theirs.named_parameters())
+    for name, weight in ours.items():
+        other = fla_name(our_prefix + name)
+        if other is not None:
+            parameter = unset.pop(other.removeprefix(their_prefix))
+            transposed = re.search(r"_lora\.lora\.\d\.weight$", other) is not None
+            parameter.copy_((weight.T if transposed else weight).reshape(parameter.shape))
+    assert not unset, f"parameters that ours has not: {', '.join(unset)}"
