@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,12 +68,16 @@ def run_init(arguments: argparse.Namespace) -> int:
             f"{config.model.backbone}, model.direction {config.model.direction}: name a folder instead"
         )
 
+    from transformers.utils import logging as transformers_logging
+
     from dlm_dist.models.conversion import Weights, refuse_existing, staged
     from dlm_dist.models.conversion_blinkdl import write_blinkdl
     from dlm_dist.training.run import initial_model, resolve_sizes
     from dlm_dist.training.sources import open_sources
 
     refuse_existing(arguments.out)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     source = open_sources(config)[0]
     model, _ = initial_model(resolve_sizes(config, source), source.mask_id)
     model.to(_dtype(arguments.dtype))

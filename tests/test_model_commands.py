@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -116,6 +117,24 @@ def test_convert_there_and_back_through_both_layouts(
     assert dlm("convert", "--to", "blinkdl", tmp_path / "step-1", tmp_path / "step.pth") == 0
     again = torch.load(tmp_path / "step.pth", weights_only=True)
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+
+def test_a_damaged_checkpoint_is_not_exported(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = tmp_path / "step-1"
+    assert dlm("init", config, step / "model") == 0
+    files = {}
+    (step / "trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "model/config.json", "model/model.safetensors"):
+        content = (step / name).read_bytes()
+        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (step / "manifest.json").write_text(json.dumps({"format_version": 1, "files": files}))
+    assert dlm("convert", "--to", "blinkdl", step, tmp_path / "whole.pth") == 0
+    weights = bytearray((step / "model" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (step / "model" / "model.safetensors").write_bytes(weights)
+    text = mistake(capsys, "convert", "--to", "blinkdl", step, tmp_path / "damaged.pth")
+    assert f"{step} is damaged: {step / 'model' / 'model.safetensors'}" in text
+    assert not (tmp_path / "damaged.pth").exists()
 
 
 def test_the_mask_id_of_the_world_vocabulary_is_known_and_others_are_asked_for(

@@ -174,6 +174,9 @@ def staged(destination: Path) -> Iterator[Path]:
     stage = anchor / f".{destination.name}.{os.getpid()}.partial"
     try:
         yield stage
+        # safetensors writes files that only their owner can read.
+        for file in stage.glob("*.safetensors"):
+            shutil.copymode(stage / "config.json", file)
         refuse_existing(destination)
         destination.parent.mkdir(parents=True, exist_ok=True)
         stage.rename(destination)

@@ -147,6 +147,8 @@ def test_fla_there_and_back_gives_the_same_bits(dtype: torch.dtype, tmp_path: Pa
     write_fla(read_folder(tmp_path / "ours"), tmp_path / "fla")
     write_folder(read_fla(tmp_path / "fla"), tmp_path / "back", 5)
     same(load_file(tmp_path / "ours" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors"))
+    for folder in ("ours", "fla"):
+        assert len({file.stat().st_mode for file in (tmp_path / folder).iterdir()}) == 1, "all as the umask says"
     assert (tmp_path / "ours" / "config.json").read_text() == (tmp_path / "back" / "config.json").read_text()
     write_blinkdl(read_fla(tmp_path / "fla"), tmp_path / "back.pth")
     same(tensors, torch.load(tmp_path / "back.pth", weights_only=True))
