@@ -276,6 +276,8 @@ def measure_profile(size: ModelSize, device: torch.device, steps: int = 3) -> li
         synchronize(device)
     groups = group_events(profiler.events(), on_device)
     busy = sum(groups.values())
+    if not busy:
+        raise RuntimeError("the profiler saw no kernel: CUPTI does not work on this machine")
     wall = spread(take_turns({"ours": partial(step, batch)}, device, steps)["ours"])["median"] * 1e6 * steps
     groups["idle"] = max(0.0, wall - busy)
     total = busy + groups["idle"]
