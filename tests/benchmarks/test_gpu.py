@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from benchmarks.gpu_training import (
     group_events,
     group_of,
     kernel_group,
+    measure_training,
     our_loss,
     peer_loss,
 )
@@ -219,6 +221,25 @@ def test_the_peer_computes_what_our_model_computes(fla_in_torch):
         True,
     )
     assert {parameter.dtype for parameter in fused.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_is_compared_with_the_peer(fla_in_torch, monkeypatch):
+    from benchmarks import fla_peer
+
+    monkeypatch.setattr(fla_peer, "build_peer", partial(fla_peer.build_peer, fused=False))
+    rows = measure_training(MODEL, CPU, rounds=2, peak=1e12, peer=True)
+    assert [(row["objective"], row["system"]) for row in rows] == [
+        ("ar", "ours"),
+        ("ar", "fla"),
+        ("masked", "ours"),
+        ("masked", "fla"),
+    ]
+    for ours, theirs in (rows[:2], rows[2:]):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01), "bf16 logits on their side"
+        assert theirs["speed_over_fla"]["median"] == 1.0
+        assert ours["met"] == (ours["speed_over_fla"]["median"] >= ours["goal"])
+    assert [row["goal"] for row in rows if "goal" in row] == [1.0, 1.3]
 
 
 @pytest.mark.filterwarnings("ignore")
