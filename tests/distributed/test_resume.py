@@ -5,10 +5,12 @@ Real processes, the real launcher, SIGKILL. The quick cases run in `make test`, 
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from dlm_dist.training.checkpoint_files import load_trainer_state
+from tests.data_pipeline.test_token_files import write_llmc, write_megatron
 from tests.distributed import runs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
@@ -51,6 +53,25 @@ def test_resume_is_exact(stage, optimizer, backbone, data, tmp_path):
     def settings(run):
         changes = {"zero__stage": stage, "optimizer__name": optimizer, "model__direction": "bidirectional"}
         return runs.overrides(data, run, backbone, **changes)
+
+    kill_twice_and_compare(settings, tmp_path, ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["llmc", "megatron"])
+def test_resume_is_exact_on_token_files(form, tmp_path):
+    """Uninterrupted and killed, as above; BlinkDL's order crosses its border every 41 samples."""
+    tokens = np.random.default_rng(1).integers(0, 257, 44 * 32)
+    if form == "llmc":
+        write_llmc(tmp_path / "tokens.bin", tokens)
+        order = "keyed"
+    else:
+        write_megatron(tmp_path / "tokens", [tokens.tolist()])
+        order = "cubic_prime"
+
+    def settings(run):
+        changes = {"data__tokenizer": "bytes", "data__sequence_length": 32, "data__order": order}
+        return runs.overrides(tmp_path, run, data__train__0__path=tmp_path / "tokens.bin", **changes)
 
     kill_twice_and_compare(settings, tmp_path, ranks=2)
 
