@@ -93,6 +93,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         if objective == "ar" and arguments.draws > 1:
             raise ValueError(f"--draws is {arguments.draws}: the objective ar has nothing to draw, leave it out")
         _require_vocabulary(model.config, source, arguments.checkpoint, masked=objective == "mdlm")
+        if rank == 0:
+            for note in (*source.notes, *(train.notes if train is not None else ())):
+                print(f"note: {note}", file=sys.stderr)
         if not compared and rank == 0:
             print(
                 f"note: {arguments.checkpoint} has no tokenizer/, only ids were compared with the data", file=sys.stderr

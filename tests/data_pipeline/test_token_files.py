@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from data_pipeline.token_formats import llmc
 from data_pipeline.tokenizer_backends.bytes import ByteTokenizer
 from data_pipeline.tokenizer_backends.characters import CharacterTokenizer
 from data_pipeline.tokenizers import load
+from launcher import cli
 
 BYTES = ByteTokenizer()
 EOS = BYTES.eos_id
@@ -430,3 +432,29 @@ def test_more_tokens_than_a_header_can_count_go_to_several_files(
     assert np.concatenate(raw).tolist() == [EOS, *rows.reshape(-1)[:-1]]
     assert [len(part) for part in raw] == [25, 25, 10]
     assert open_source(tmp_path / "out", 8, BYTES).num_rows == 3 + 3 + 1
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = words(60).reshape(6, 10)
+    rows[-1, -1] = EOS
+    write_source(tmp_path / "data", rows, BYTES)
+    prefix = str(tmp_path / "out" / "x")
+    assert cli.main(["data", "export", str(tmp_path / "data"), "--to", "megatron", "--output", prefix]) == 0
+    assert f"{prefix}.idx: 60 tokens in {(rows == EOS).sum()} documents" in capsys.readouterr().out
+    given = ["--tokenizer", "bytes", "--sequence-length", "9"]
+    assert cli.main(["data", "inspect", prefix, *given, "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    expected = {"format": "megatron", "rows": 6, "tokens": 60, "cubic_prime": 5, "dtype": "uint16", "delimiter": EOS}
+    assert expected.items() <= described.items()
+    assert cli.main(["data", "inspect", prefix, *given]) == 0
+    assert described["fingerprint"][:16] in capsys.readouterr().out
+    assert cli.main(["data", "show", prefix, *given, "--row", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    flat = rows.reshape(-1).tolist()
+    assert (shown["before"], shown["tokens"]) == (flat[9], flat[10:19])
+    assert cli.main(["data", "verify", prefix, *given]) == 0
+    assert "6 rows in 1 shards: all intact" in capsys.readouterr().out
+    assert cli.main(["data", "verify", prefix]) == 2
+    assert "give a tokenizer and a sequence length" in capsys.readouterr().err
+    assert cli.main(["data", "show", str(tmp_path / "data"), *given, "--row", "1"]) == 2
+    assert "--tokenizer and --sequence-length are for token files" in capsys.readouterr().err

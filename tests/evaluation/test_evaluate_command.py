@@ -23,6 +23,7 @@ from dlm_dist import models
 from dlm_dist.evaluation.bound import evaluate_bound, unigram_nats_per_token
 from dlm_dist.training import checkpoint_files
 from launcher import cli, evaluate_command
+from tests.data_pipeline.test_token_files import write_megatron
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = [f"<{i:02d}>{'abcdefgh'[i % 5 :]}"[:8].ljust(8, ".") for i in range(20)]
@@ -107,6 +108,23 @@ def test_rows_dtype_and_a_named_split(evaluate, checkpoint, data):
     found = json.loads(out)
     assert status == 0
     assert (found["rows"], found["dtype"], found["data"]) == (20, "bfloat16", str(data / "train"))
+
+
+def test_token_files_are_scored_like_a_data_set_of_the_same_rows(evaluate, checkpoint, data, tmp_path):
+    flat = np.concatenate([[0], ShardedSource.open(data / "validation").read(range(11)).tokens.reshape(-1)])
+    tokens = write_megatron(tmp_path / "tokens", [flat.tolist()])
+    given = ["--tokenizer", "bytes", "--sequence-length", "8"]
+    status, out, err = evaluate(checkpoint, tokens, *given, "--unigram-from", str(data), "--json")
+    found, built = json.loads(out), json.loads(evaluate(checkpoint, data, "--unigram-from", str(data), "--json")[1])
+    assert status == 0
+    assert "note: " in err  # no end of text among the tokens
+    assert found.pop("data") == str(tokens)
+    assert built.pop("data") == str(data / "validation")
+    assert found == built
+    status, _, err = evaluate(checkpoint, tokens)
+    assert (status, "give a tokenizer and a sequence length" in err) == (2, True)
+    status, _, err = evaluate(checkpoint, data, *given)
+    assert (status, "--tokenizer and --sequence-length are for token files" in err) == (2, True)
 
 
 def test_a_causal_language_model_is_scored_as_it_was_trained(evaluate, data, tmp_path):
