@@ -210,9 +210,10 @@ class TrainerSystem:
         from dlm_dist.training.engine import build_engine
         from dlm_dist.training.loop import Progress, Trainer
         from dlm_dist.training.metrics import MetricsLog
+        from dlm_dist.training.starting_model import whole_parts
 
         plan = resolve_batch(config.train, 1)
-        engine, _ = build_engine(model, config, plan)
+        engine, _ = build_engine(model, config, plan, whole_parts(model))
         config.run.dir.mkdir(parents=True, exist_ok=True)
         self._trainer = Trainer(
             config=config,

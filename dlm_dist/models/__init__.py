@@ -43,13 +43,23 @@ _REQUIRED_BESIDE = {"qwen3": ("num_attention_heads",)}
 def build(backbone: str, *, seed: int = 0, **sizes: Any) -> PreTrainedModel:
     """A new fp32 model on the CPU, initialised by `seed`; the global random state is neither read nor moved.
 
+    `sizes` as in `configuration`, which says what is refused.
+    """
+    model: Any = skeleton(configuration(backbone, **sizes))
+    model.initialize_(seed)
+    return model
+
+
+def configuration(backbone: str, **sizes: Any) -> PreTrainedConfig:
+    """The configuration of a new model.
+
     `sizes` are fields of the backbone's configuration; vocab_size, hidden_size, num_hidden_layers and mask_token_id
     must be given, for qwen3 also num_attention_heads. Raises ValueError for an unknown backbone or field (naming the
     nearest one), a missing field, and values of the wrong type or that contradict each other.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"Unknown backbone {backbone!r}: there are {', '.join(sorted(BACKBONES))}.")
-    config_class, model_class = BACKBONES[backbone]
+    config_class, _ = BACKBONES[backbone]
     known = [field.name for field in dataclasses.fields(config_class)]
     for name in sizes:
         if name not in known:
@@ -60,11 +70,17 @@ def build(backbone: str, *, seed: int = 0, **sizes: Any) -> PreTrainedModel:
     missing = [name for name in required if sizes.get(name) is None]
     if missing:
         raise ValueError(f"{backbone} needs a value for {', '.join(missing)}.")
-    # The values come from initialize_ alone, so drawing transformers' own first would only cost time.
+    return _configure(config_class, sizes)
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of `config` in `dtype` whose parameters hold nothing yet."""
+    (model_class,) = (model for known, model in BACKBONES.values() if isinstance(config, known))
+    # The values come later, so drawing transformers' own first would only cost time.
     with no_init_weights():
-        model = model_class(_configure(config_class, sizes)).float()
+        model: Any = model_class(config)
+    model.to(dtype)
     model.tie_weights()
-    model.initialize_(seed)
     return model
 
 

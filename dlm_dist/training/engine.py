@@ -53,10 +53,12 @@ def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def build_engine(model: Any, config: RunConfig, plan: BatchPlan) -> tuple[Any, list[dict[str, Any]]]:
-    """A DeepSpeed engine over `model` (fp32, the same values on every rank) and the table of its groups.
+def build_engine(
+    model: Any, config: RunConfig, plan: BatchPlan, unrounded: Mapping[str, zero_state.Part]
+) -> tuple[Any, list[dict[str, Any]]]:
+    """A DeepSpeed engine over `model` (see `starting_model`) and the table of its groups.
 
-    Collective: every rank must call. The masters start from the unrounded fp32 values.
+    Collective: every rank must call. The masters start from the `unrounded` fp32 values.
     """
     import deepspeed
 
@@ -64,9 +66,7 @@ def build_engine(model: Any, config: RunConfig, plan: BatchPlan) -> tuple[Any, l
     groups = parameter_groups(
         model, model.parameter_roles(), settings.lr, settings.weight_decay, settings.name.endswith("8bit")
     )
-    table = group_table(groups)
-    # Casting gives each parameter another storage: these references keep the fp32 values until the masters have them.
-    unrounded = {name: parameter.data for name, parameter in model.named_parameters()}
+    table = group_table(model, groups)
     for group in groups:
         group["lr"] = 0.0
     bare = steps_bare(config)

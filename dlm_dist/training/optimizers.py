@@ -7,6 +7,7 @@ them there, which is right in every stage.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,13 +65,19 @@ def parameter_groups(
     return groups
 
 
-def group_table(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each group is, for the start of the log and the run's manifest."""
+def group_table(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each group of `parameter_groups` is, for the start of the log and the run's manifest.
+
+    `names` are those of its parameters, where `*` stands for any layer; `lr` is the peak learning rate.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
     return [
         {
             "role": group["name"],
+            "names": list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", names[id(p)]) for p in group["params"])),
             "tensors": len(group["params"]),
             "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in group["params"]),
+            "lr": group["lr"],
             "lr_scale": group["lr_scale"],
             "weight_decay": group["weight_decay"],
             "optimizer_bits": group["optim_bits"],

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -84,11 +85,14 @@ class StartRecord:
             f"rows x {plan.gradient_accumulation_steps} = {plan.global_batch_size} rows of "
             f"{config.data.sequence_length} tokens",
         ]
-        lines += [
-            f"  {group['role']:<10} {group['tensors']:>5} tensors {group['parameters']:>14,} parameters  "
-            f"lr x{group['lr_scale']:g}  decay {group['weight_decay']:g}  {group['optimizer_bits']}-bit states"
-            for group in self.parameter_groups
-        ]
+        for group in self.parameter_groups:
+            decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
+            lines.append(
+                f"  {group['role']:<10} {group['tensors']:>5} tensors {group['parameters']:>14,} parameters  "
+                f"lr {group['lr']:g}  {decay}  {group['optimizer_bits']}-bit states"
+            )
+            names = ", ".join(group["names"])
+            lines.append(textwrap.fill(names, 116, initial_indent="    ", subsequent_indent="    "))
         if self.init_from is not None:
             lines.append(f"weights from {model.init_from}: {len(self.init_from['matched'])} tensors matched")
             lines += [

@@ -11,11 +11,9 @@ import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead, SampleStream
 from data_pipeline.source import Source
-from dlm_dist import models
 from dlm_dist.config import ConfigError, RunConfig, resolve_batch, updated
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
 from dlm_dist.kernels import wkv7
-from dlm_dist.models.warm_start import given_ranks, initialize_from
 from dlm_dist.training import checkpoint
 from dlm_dist.training.batches import prepare_step
 from dlm_dist.training.callbacks import Callbacks, SideInputs
@@ -35,6 +33,7 @@ from dlm_dist.training.resume import (
     topology,
 )
 from dlm_dist.training.sources import open_sources
+from dlm_dist.training.starting_model import starting_model
 
 
 def train(config: RunConfig, device: torch.device, resume: str | None, command: Sequence[str]) -> None:
@@ -64,8 +63,9 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Small numbers of the host go over gloo, so that they never wait for the device.
     host_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
-    model, loading = _build_model(config, sources[0], resumed, host_group)
-    engine, groups = build_engine(model, config, plan)
+    checkpoint_path = resumed.path if resumed is not None else None
+    start = starting_model(config, plan, sources[0].mask_id, checkpoint_path, host_group)
+    engine, groups = build_engine(start.model, config, plan, start.unrounded)
     progress = Progress()
     if resumed is not None:
         checkpoint.load_shards(engine, resumed.path)
@@ -81,7 +81,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         gemm_peak_flops=_total_peak(config, device),
         resumed_from=resumed.path if resumed is not None else None,
         wkv7_backend=asdict(backend) if backend is not None else None,
-        init_from=loading,
+        init_from=start.init_from,
         fallbacks=fallbacks,
         notes=[*notes, *leave_other_branches(config.run.dir, resumed)],
     )
@@ -175,43 +175,6 @@ def _wkv7_backend(config: RunConfig, device: torch.device) -> tuple[wkv7.Backend
     if fallback is not None and config.strict:
         raise ConfigError([f"{fallback}, and strict is true: mend that, or set strict=false"])
     return backend, [fallback] if fallback is not None else []
-
-
-def _build_model(
-    config: RunConfig, source: Source, resumed: Resume | None, host_group: dist.ProcessGroup | None
-) -> tuple[Any, dict[str, list[str]] | None]:
-    """The model in fp32 with rank 0's values, and the report of model.init_from if it was used. Collective."""
-    report = None
-    try:
-        if resumed is not None:
-            model: Any = models.load(resumed.path, dtype=torch.float32)
-        else:
-            model, report = initial_model(config, source.mask_id)
-    except ValueError as error:
-        raise ConfigError([str(error)], "cannot make the model") from error
-    if config.model.wkv7_kernel is not None:
-        model.set_kernel(config.model.wkv7_kernel)
-    # Orthogonal initial values come from a QR whose last bits may differ between kinds of processors.
-    for parameter in model.parameters():
-        dist.broadcast(parameter.data, src=0, group=host_group)
-    if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model, report
-
-
-def initial_model(config: RunConfig, mask_token_id: int) -> tuple[Any, dict[str, list[str]] | None]:
-    """The fp32 model on the CPU that a run of this configuration starts from, and the report of model.init_from.
-
-    `config` went through `resolve_sizes`. Raises ValueError where the model cannot be made.
-    """
-    settings = config.model
-    sizes = settings.sizes()
-    if settings.init_from is not None:
-        sizes = given_ranks(settings.init_from, settings.init_revision, sizes) | sizes
-    model = models.build(settings.backbone, seed=config.run.seed, mask_token_id=mask_token_id, **sizes)
-    if settings.init_from is None:
-        return model, None
-    return model, initialize_from(model, settings.init_from, settings.init_revision)
 
 
 def _objective(config: RunConfig, source: Source) -> Objective:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -111,15 +111,24 @@ def _replicated_masters(engine: Any, names: Mapping[int, str]) -> Iterable[tuple
                 yield names[id(parameter)], parameter
 
 
+class Part(NamedTuple):
+    """A run of elements of a flattened parameter."""
+
+    start: int
+    values: torch.Tensor
+    """[n] fp32, the elements from `start` on."""
+
+
 @torch.no_grad()
-def write_masters(engine: Any, values: Mapping[str, torch.Tensor]) -> None:
-    """Set the fp32 masters from whole fp32 parameters `values`; the low-precision weights stay as they are.
+def write_masters(engine: Any, values: Mapping[str, Part]) -> None:
+    """Set the fp32 masters from `values`, which cover this rank's pieces; the low-precision weights stay as they are.
 
     DeepSpeed clones masters from weights it has already rounded to bf16; this puts the unrounded values in.
     """
     for shard in shards(engine):
         for piece in shard.pieces:
-            source = values[piece.name].detach().reshape(-1)[piece.start : piece.start + piece.numel]
+            first, whole = values[piece.name]
+            source = whole[piece.start - first : piece.start - first + piece.numel]
             shard.flat[piece.offset : piece.offset + piece.numel].copy_(source)
 
 

@@ -47,9 +47,11 @@ def tiny_config(*changes: str) -> RunConfig:
 
 def tiny_engine(*changes: str, model=None):
     from dlm_dist.training.engine import build_engine
+    from dlm_dist.training.starting_model import whole_parts
 
     config = tiny_config(*changes)
-    engine, table = build_engine(model if model is not None else tiny_model(), config, resolve_batch(config.train, 1))
+    model = model if model is not None else tiny_model()
+    engine, table = build_engine(model, config, resolve_batch(config.train, 1), whole_parts(model))
     engine.train()
     return engine, table
 
