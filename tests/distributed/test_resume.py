@@ -76,6 +76,21 @@ def test_resume_is_exact_on_token_files(form, tmp_path):
     kill_twice_and_compare(settings, tmp_path, ranks=2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "backbone"), [(2, "rwkv7"), (3, "qwen3")])
+def test_resume_of_causal_language_modelling_is_exact(stage, backbone, data, tmp_path):
+    def settings(run):
+        changes = {"zero__stage": stage, "objective__name": "ar", "objective__l2wrap": 1e-2}
+        changes |= {"data__isolate_documents": True, "data__validation": data / "validation", "train__eval_rows": 5}
+        changes |= {"train__eval_every": 4, "train__sample_every": 4, "train__sample_prompt": "time"}
+        return runs.overrides(data, run, backbone, **changes)
+
+    kill_twice_and_compare(settings, tmp_path, ranks=2)
+    for kind in ("evaluations", "samples"):
+        killed, reference = ((tmp_path / run / f"{kind}.jsonl").read_text() for run in ("killed", "reference"))
+        assert killed == reference
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit"])
