@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dlm_dist.models.loss_head import LossHead
 from dlm_dist.models.outputs import DenoiserOutput
-from dlm_dist.models.rwkv7_init import InitSizes, initial_value
+from dlm_dist.models.rwkv7_init import InitSizes, initial_value, initialize_
 from dlm_dist.models.rwkv7_layers import ChannelMix, DepthSeed, Documents, LoraRanks, ScanState, TimeMix, lora_ranks
 
 __all__ = ["DIRECTIONS", "LayerState", "LoraRanks", "RWKV7Config", "RWKV7ForDiffusion", "TimeMix", "lora_ranks"]
@@ -248,8 +248,7 @@ class RWKV7ForDiffusion(PreTrainedModel):
     @torch.no_grad()
     def initialize_(self, seed: int) -> None:
         """Sets every parameter to its initial value under `seed` (see `rwkv7_init`), drawn in fp32 on the CPU."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, self._init_sizes(), seed))
+        initialize_(dict(self.named_parameters()), self._init_sizes(), seed)
 
     def _init_sizes(self) -> InitSizes:
         config = self.config
