@@ -63,8 +63,8 @@ def _tokens(source: ShardedSource, num_tokens: int, advance: Callable[[int], Non
     for start in range(0, source.num_rows, _ROWS_AT_ONCE):
         rows = np.arange(start, min(source.num_rows, start + _ROWS_AT_ONCE))
         part = source.read(rows).tokens.reshape(-1)
-        yield part[: num_tokens - start * source.sequence_length]
         advance(len(rows))
+        yield part[: num_tokens - start * source.sequence_length]
 
 
 def _ended(parts: Iterable[NDArray[np.int64]], eos_id: int) -> Iterator[NDArray[np.int64]]:
