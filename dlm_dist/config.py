@@ -427,13 +427,27 @@ class OptimizerSection(Section):
         default=0.1,
         description="decoupled decay per step, relative to the learning rate; large matrices only",
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="course of the learning rate after the warm-up"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="course of the learning rate after the warm-up; wsd: constant, then linear over decay_steps",
     )
     warmup_steps: NonNegative = Field(default=0, description="steps of linear rise to the peak (steps)")
+    decay_steps: Positive | None = Field(default=None, description="wsd: steps of the final decay (steps); no default")
     min_lr_ratio: Fraction = Field(
-        default=0.1, description="learning rate at the last step over the peak; cosine and linear"
+        default=0.1, description="learning rate at the last step over the peak; cosine, linear and wsd"
     )
+
+    def contradictions(self) -> Iterator[Mistake]:
+        if self.schedule == "wsd" and self.decay_steps is None:
+            yield Mistake(
+                "optimizer.decay_steps", "optimizer.decay_steps is missing: the schedule wsd needs its number of steps"
+            )
+        if self.schedule != "wsd" and self.decay_steps is not None:
+            yield about(
+                "optimizer.decay_steps",
+                self.decay_steps,
+                f"a key of wsd only, and optimizer.schedule is {self.schedule}: remove it",
+            )
 
 
 class ZeroSection(Section):
@@ -555,9 +569,12 @@ def _objective_fits(parts: Mapping[str, Any]) -> Iterator[Mistake]:
 
 def _warmup_ends(parts: Mapping[str, Any]) -> Iterator[Mistake]:
     if {"optimizer", "train"} <= parts.keys():
-        warmup, steps = parts["optimizer"].warmup_steps, parts["train"].max_steps
+        warmup, decay, steps = parts["optimizer"].warmup_steps, parts["optimizer"].decay_steps, parts["train"].max_steps
         if steps is not None and warmup > steps:
             yield about("optimizer.warmup_steps", warmup, f"expected at most train.max_steps = {steps}")
+        elif steps is not None and decay is not None and warmup + decay > steps:
+            left = f"expected at most {steps - warmup}, train.max_steps - optimizer.warmup_steps"
+            yield about("optimizer.decay_steps", decay, left)
 
 
 def _deepspeed_is_free(parts: Mapping[str, Any]) -> Iterator[Mistake]:

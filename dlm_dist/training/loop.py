@@ -108,7 +108,12 @@ class Trainer:
     def _learning_rate(self, step: int) -> float:
         settings = self.config.optimizer
         return settings.lr * lr_factor(
-            settings.schedule, step, self.max_steps, settings.warmup_steps, settings.min_lr_ratio
+            settings.schedule,
+            step,
+            self.max_steps,
+            settings.warmup_steps,
+            settings.min_lr_ratio,
+            settings.decay_steps,
         )
 
     def _train_step(self, batch: RankStep, totals: StepTotals) -> float:
