@@ -45,6 +45,11 @@ def open_source(path: str | Path, sequence_length: int | None = None, tokenizer:
 
 
 def _open_built(path: Path, sequence_length: int | None, tokenizer: Tokenizer | None) -> ShardedSource:
+    pairs = [file for file in sorted(path.glob("*.idx")) if file.with_suffix(".bin").is_file()] if path.is_dir() else []
+    if pairs:
+        raise DataError(
+            f"{path} is a folder with Megatron data: name one of its prefixes, such as {pairs[0].with_suffix('')}"
+        )
     source = ShardedSource.open(path)
     if tokenizer is not None:
         raise DataError(f"{path} was made by `dlm data build` and has its own tokenizer: leave the tokenizer out")

@@ -22,6 +22,12 @@ def open_sources(config: RunConfig) -> list[Source]:
                     f"data.train: {entry.path} has {name} {getattr(source, name)}, {config.data.train[0].path} has "
                     f"{getattr(first, name)}: build them with the same tokenizer and sequence length"
                 )
+        theirs, ours = source.tokenizer_description, first.tokenizer_description
+        if not mistakes and theirs["fingerprint"] != ours["fingerprint"]:
+            mistakes.append(
+                f"data.train: {entry.path} was made with another tokenizer ({theirs['name']}) than "
+                f"{config.data.train[0].path} ({ours['name']}): use the same one for all"
+            )
     wanted = config.data.sequence_length
     if wanted is not None and wanted != first.sequence_length:
         mistakes.append(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
+from data_pipeline.loader import SampleStream
 from data_pipeline.order import PERIOD, CubicPrimeOrder, SampleOrder, SkipList, cubic_prime, permute, quotas
+from data_pipeline.shards import ShardedSource, write_source
+from data_pipeline.tokenizer_backends.bytes import ByteTokenizer
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**62))
@@ -213,3 +217,16 @@ def test_cubic_order_needs_three_rows_and_one_source() -> None:
     assert CubicPrimeOrder(3).locate(np.arange(4))[2].tolist() == [1, 0, 1, 0]
     with pytest.raises(DataError, match="at least 3 rows, and this one has 2"):
         CubicPrimeOrder(2)
+
+
+def test_cubic_stream_skips_and_ends_its_epoch_at_the_prime(tmp_path: Path) -> None:
+    write_source(tmp_path, np.arange(30 * 4).reshape(30, 4) % 256, ByteTokenizer())
+    source = ShardedSource.open(tmp_path)
+    stream = SampleStream([source], [1.0], 0, SkipList([(2, 5)]), max_samples=20, order="cubic_prime")
+    order = CubicPrimeOrder(20)
+    assert stream.epoch_length == order.prime == 17
+    positions = stream.positions(0, 20)
+    assert positions.tolist() == [0, 1, *range(5, 23)]
+    assert np.array_equal(stream.read(positions).tokens, source.read(order.locate(positions)[2]).tokens)
+    with pytest.raises(DataError, match="is one of a single source, and there are 2"):
+        SampleStream([source, source], [1.0, 1.0], 0, order="cubic_prime")

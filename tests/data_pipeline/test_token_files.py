@@ -131,6 +131,11 @@ def test_the_delimiter_of_llmc_is_what_its_first_document_begins_with(tmp_path: 
     assert source.delimiter == 0
 
 
+def test_a_folder_of_megatron_data_asks_for_the_prefix(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "pile", [[*words(40)]])
+    refused(tmp_path, r"is a folder with Megatron data: name one of its prefixes, such as .*/pile$")
+
+
 def test_every_way_to_name_the_files(tmp_path: Path) -> None:
     tokens = words(50)
     write_megatron(tmp_path / "pile_text.document", [tokens.tolist()])  # Path.suffix of the prefix is not empty

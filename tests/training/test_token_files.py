@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data_pipeline.shards import write_source
+from data_pipeline.tokenizer_backends.characters import CharacterTokenizer
 from data_pipeline.tokenizers import Tokenizer, load
 from dlm_dist.config import ConfigError, RunConfig, load_config
 from dlm_dist.training.run import train
@@ -139,6 +140,12 @@ def test_token_files_mix_with_built_data(token_files: dict[str, Path], tmp_path:
     mixed = [f"data.train.1.path={token_files['llmc']}", "data.train.1.weight=2"]
     sources = open_sources(config(tmp_path / "built", tmp_path / "run", *mixed))
     assert [source.num_rows for source in sources] == [4, 24]
+    other = CharacterTokenizer(list(range(256)))  # as many ids as bytes, the same reserved ones, another meaning
+    write_source(tmp_path / "other", TOKENS[: 4 * LENGTH].reshape(4, LENGTH), other)
+    refused(
+        f"{token_files['llmc']} was made with another tokenizer (bytes) than {tmp_path / 'other'} (characters)",
+        settings=config(tmp_path / "other", tmp_path / "run", *mixed),
+    )
     with pytest.raises(
         ConfigError, match=r"data\.order is \"cubic_prime\": expected keyed, since data\.train has 2 sources"
     ):
