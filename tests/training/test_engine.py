@@ -64,6 +64,55 @@ def test_state_dtypes_follow_the_roles(stage, precision):
     assert seen == {row["role"] for row in table} == {"matrix", "embedding", "head", "vector"}
 
 
+def rwkv7_model():
+    from dlm_dist import models
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "head_size": 16, "mask_token_id": 60}
+    model = models.build("rwkv7", direction="causal", **sizes)
+    for name, parameter in model.named_parameters():
+        # Off the initial values, whose zeros would hide gradients.
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        parameter.data.add_(noise, alpha=0.1)
+    return model
+
+
+@over_wrappers
+def test_each_role_of_rwkv7_trains_by_its_own_rules(stage, precision):
+    """Bits, decay and learning rate of every role in the optimizer itself, and their effect on one step."""
+    lr, decay = 1e-3, 0.5
+    model = rwkv7_model()
+    before = {name: parameter.detach().clone().view(-1) for name, parameter in model.named_parameters()}
+    engine, table = tiny_engine(
+        *settings(stage, precision, "adamw8bit"), f"optimizer.weight_decay={decay}", "optimizer.eps=1e-18", model=model
+    )
+    run_steps(engine, 0, 1, lr=lr)
+    roles = engine.module.parameter_roles()
+    assert {row["role"] for row in table} == set(roles.values())
+    assert len(set(roles.values())) == 6
+    large = {"matrix", "embedding", "head"}
+    for shard in zero_state.shards(engine):
+        (role,) = {roles[piece.name] for piece in shard.pieces}
+        state = zero_state.optimizer_state(engine, shard)
+        assert state["state1"].dtype == (torch.uint8 if role == "matrix" else torch.float32), role
+        assert ("absmax1" in state) == (role == "matrix")
+        for piece in shard.pieces:
+            old = before[piece.name][piece.start : piece.start + piece.numel]
+            new = shard.flat[piece.offset : piece.offset + piece.numel]
+            rate = lr * (2.0 if role == "decay_base" else 1.0)
+            moved = (new - old * (1.0 - rate * decay if role in large else 1.0)).abs()
+            # Adam's first step is the learning rate wherever there is a gradient at all.
+            there = moved > 0.5 * rate
+            unused = piece.name.startswith("blocks.0.att.v") and piece.name[-2:] in ("v0", "v1", "v2")
+            assert there.any() != unused, piece.name
+            torch.testing.assert_close(moved[there], torch.full_like(moved[there], rate), rtol=0.02, atol=0)
+            assert not (moved[~there] > 0.02 * rate).any(), piece.name
+    by_role = {row["role"]: row for row in table}
+    assert by_role["decay_base"]["names"] == ["blocks.*.att.w0"]
+    assert by_role["lora"]["names"] == [f"blocks.*.att.{x}{i}" for x in "wavg" for i in (1, 2)]
+    assert {role for role, row in by_role.items() if row["weight_decay"]} == large
+    assert by_role["decay_base"]["lr"] == 2 * by_role["matrix"]["lr"]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_stage_3_leaves_f_linear_alone(precision):
     before = functional.linear
