@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for plan in plans:
         plan["flops_ratio"] = plan["flops"] / plans[0]["flops"]
     jobs = [(plan, seed) for seed in options.seeds for plan in plans]
-    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda job: train(options.experiment, experiment, *job, threads), jobs))
     result = summary(options.experiment, plans, options.seeds)
@@ -181,7 +181,7 @@ def run_folder(name: str, arm: str, seed: int) -> Path:
     return RUNS / name / f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
-def train(name: str, experiment: Experiment, plan: dict[str, Any], seed: int, threads: str) -> None:
+def train(name: str, experiment: Experiment, plan: dict[str, Any], seed: int, threads: int) -> None:
     """One run to its end, through the launcher that users start; nothing where it is finished."""
     folder = run_folder(name, plan["arm"], seed)
     if last_evaluation(folder) == plan["steps"]:
@@ -189,11 +189,12 @@ def train(name: str, experiment: Experiment, plan: dict[str, Any], seed: int, th
     launcher = Path(sysconfig.get_path("scripts")) / "deepspeed"
     command = [str(launcher), "--num_gpus", "1", "--master_port", str(_free_port()), "launcher/pretrain.py"]
     command += ["--config", str(experiment.config), "--resume", "auto", f"run.dir={folder}", f"run.seed={seed}"]
+    command += [f"train.cpu_threads={threads}", *plan["overrides"]]
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
         print(f"{plan['arm']}, seed {seed}: {plan['steps']} steps", flush=True)
-        subprocess.run([*command, *plan["overrides"]], check=True, stdout=log, stderr=log, env=environment)
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
 
 
 def _free_port() -> int:

@@ -373,6 +373,9 @@ class TrainSection(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         default="auto", description="auto: CUDA where there is one, else CPU"
     )
+    cpu_threads: Positive | None = Field(
+        default=None, description="threads of each rank on a CPU; null = the cores it may use over the ranks on them"
+    )
     deterministic: bool = Field(
         default=False, description="deterministic kernels on CUDA, slower; a CPU run is deterministic anyway"
     )

@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
 
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    device = start_distributed(config.train.device)
+    device = start_distributed(config.train.device, config.train.cpu_threads)
 
     import torch
 

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from dlm_dist.config import ConfigError
 
 
-def start_distributed(device: str) -> torch.device:
+def start_distributed(device: str, cpu_threads: int | None = None) -> torch.device:
     """Join the process group and choose this rank's device. Collective: every rank must call.
 
     Must run before anything imports deepspeed: it reads DS_ACCELERATOR at import. `device` is auto, cpu, cuda or mps.
-    Without a launcher this is a world of one. Raises ConfigError where there is no such device, or the ranks do not
-    find each other.
+    On a CPU it computes with `cpu_threads` threads, None: its share of the cores. (OMP_NUM_THREADS says nothing here:
+    launchers set it to 1.) Without a launcher this is a world of one. Raises ConfigError where there is no such device,
+    or the ranks do not find each other.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +39,7 @@ def start_distributed(device: str) -> torch.device:
     _find_own_programs()
     local_rank = int(os.environ["LOCAL_RANK"])
     if device == "cpu":
-        torch.set_num_threads(threads_per_rank())
+        torch.set_num_threads(cpu_threads or threads_per_rank())
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     import deepspeed

@@ -15,8 +15,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = """
 import sys
 from dlm_dist.training.distributed import start_distributed
-device = start_distributed("cpu")
+device = start_distributed("cpu", cpu_threads=3)
 import deepspeed, torch
+assert torch.get_num_threads() == 3
 value = torch.ones(3) * (1 + torch.distributed.get_rank())
 deepspeed.comm.all_reduce(value)
 assert value.tolist() == [3.0] * 3, value
