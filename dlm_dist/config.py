@@ -101,8 +101,8 @@ class ModelSection(Section):
     )
     direction_gate_init: float | None = Field(
         default=None,
-        description="rwkv7, bidirectional: initial bias of the gate between the scans; null = 0, both weigh alike; "
-        "4 = 98 % forward, for a start from causal weights",
+        description="rwkv7, bidirectional: initial bias of the gate between the scans: 0 weighs both alike, 4 is "
+        "98 % forward; null = 4 with init_from of causal weights, else 0",
     )
     dw_jrt_variant: Literal["seed", "inject"] | None = Field(
         default=None,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from dlm_dist import models
 from dlm_dist.config import BatchPlan, ConfigError, RunConfig
-from dlm_dist.models.warm_start import given_ranks, initialize_from
+from dlm_dist.models.warm_start import fitting_sizes, initialize_from
 from dlm_dist.training.zero_state import Part
 
 
@@ -83,7 +83,7 @@ def _described(config: RunConfig, mask_token_id: int, checkpoint: Path | None) -
     settings = config.model
     sizes = settings.sizes()
     if settings.init_from is not None:
-        sizes = given_ranks(settings.init_from, settings.init_revision, sizes) | sizes
+        sizes |= fitting_sizes(settings.init_from, settings.init_revision, sizes)
     return models.configuration(settings.backbone, mask_token_id=mask_token_id, **sizes)
 
 

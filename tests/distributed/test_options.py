@@ -62,7 +62,7 @@ def test_init_from_reports_what_fitted(data, tmp_path):
     runs.train(runs.overrides(data, first, train__max_steps=4, model__direction="causal", **other_ranks), ranks=1)
     start = first / "checkpoints" / "step-4"
     settings = {"model__init_from": start, "model__direction": "bidirectional", "model__vocab_size": 384}
-    settings |= {"model__direction_gate_init": 4.0, "model__tie_directions": True}
+    settings |= {"model__tie_directions": True}
     output = runs.train(runs.overrides(data, second, train__max_steps=4, optimizer__lr=1e-9, **settings), ranks=1)
     assert "resized (2): emb.weight, head.weight" in output
     assert "direction_gate" in output
@@ -72,5 +72,9 @@ def test_init_from_reports_what_fitted(data, tmp_path):
     assert set(report["skipped"]) == {
         f"blocks.{i}.att.direction_gate.{x}" for i in range(2) for x in ("weight", "bias")
     }, "the ranks of the low-rank maps are those of the given weights"
+    assert (
+        json.loads((second / "checkpoints" / "step-4" / "model" / "config.json").read_text())["direction_gate_init"]
+        == 4.0
+    )
     # A causal model, read nearly forward only, is about as good as it was; from scratch the loss is ln 384 = 5.95.
     assert runs.metrics(second)[0]["loss"] < runs.metrics(first)[-1]["loss"] + 0.4
