@@ -9,7 +9,10 @@ gradients as small as a large batch makes them: factors reach e^{-0.61 L} in a c
 1e-38 on the way is lost. That is why the kernel never chooses 128 by itself: it loses gradients below about 1e-5
 there (far larger ones where denormal numbers are flushed to zero). Time: forward and backward of the output alone,
 fp32, the chunk sizes and the token loop in turns; the loop takes part in the first rounds only, since it is slow.
-Growth: the default chunk at rising T. Ends with one line of JSON. About two minutes on two cores.
+Growth: the default chunk at rising T. Ends with one line of JSON.
+
+About three minutes on one core. Run it on a machine that does nothing else: threads that wait for a core which another
+program has make the loop's small operations many times slower.
 """
 
 from __future__ import annotations
