@@ -542,3 +542,29 @@ def test_the_kernel_is_chosen_by_name() -> None:
 def test_a_configuration_that_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(Exception, match=message):
         make(**change)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_the_fused_model_agrees_with_the_plain_one(kind: str, packed: bool) -> None:
+    """bf16 logits and gradients with fla's kernels and without, both against fp32."""
+    head_size = 64
+    ids = tokens(2, 200).cuda()
+    document_ids = torch.tensor([[0] * 70 + [1] + [2] * 129, [0] * 150 + [-1] * 50]).cuda() if packed else None
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, kernel, dtype in (
+        ("exact", "pytorch", torch.float32),
+        ("plain", "pytorch", torch.bfloat16),
+        ("fused", "auto", torch.bfloat16),
+    ):
+        model = make(kind, hidden_size=128, head_size=head_size).to("cuda", dtype)
+        model.set_kernel(kernel)
+        logits = model(ids, document_ids=document_ids).logits
+        seeds = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4)).to(logits)
+        grads = torch.autograd.grad(logits, list(model.parameters()), seeds)
+        found[name] = (logits.detach().float(), torch.cat([grad.flatten().float() for grad in grads]))
+    for i, what in enumerate(("logits", "gradients")):
+        error = {n: ((found[n][i] - found["exact"][i]).norm() / found["exact"][i].norm()).item() for n in found}
+        assert error["fused"] < 1.5 * error["plain"] + 0.02, (what, error)
