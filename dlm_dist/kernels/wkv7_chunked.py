@@ -32,6 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_SIZES = (16, 32, 64)
+"""What `wkv7_chunked` chooses from."""
+MAX_CHUNK_SIZE = 128
+"""e^{0.6066 L} still fits into fp32, but gradients below about 1e-5 fall to zero on their way through e^{-0.6066 L}."""
 
 
 def wkv7_chunked(
@@ -49,12 +52,16 @@ def wkv7_chunked(
 
     r, log_w, k, v, a, b: [B, T, H, N], log_w in (-0.6066, 0]. cu_seqlens: int [D + 1], the document bounds of a
     single packed row (B = 1), or None, when each of the B rows is one document. initial_state: [D or B, H, N, N]
-    as (key, value), or None for zeros. chunk_size: 16, 32 or 64; by default it follows the documents' length.
+    as (key, value), or None for zeros. chunk_size: up to 128; by default 16, 32 or 64 by the documents' length.
 
     Returns out [B, T, H, N] in the dtype of v and the final states [D or B, H, N, N] in fp32. The arithmetic is
     fp32 whatever the inputs' dtype, except that float64 inputs are computed (and their states kept) in float64.
     """
     check_shapes(r, log_w, k, v, a, b, initial_state, cu_seqlens)
+    if chunk_size is not None and not 1 <= chunk_size <= MAX_CHUNK_SIZE:
+        raise ValueError(
+            f"wkv7: chunk_size is {chunk_size}, but fp32 can hold the decay of 1 to {MAX_CHUNK_SIZE} tokens."
+        )
     layout = _Layout.build(r, cu_seqlens, chunk_size)
     if initial_state is None:
         states = layout.documents if cu_seqlens is not None else r.shape[0]

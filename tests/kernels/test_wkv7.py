@@ -63,7 +63,7 @@ def test_rows_agree_with_the_token_loop(kind: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["random", "maximum decay", "identical keys", "correlated keys"])
-@pytest.mark.parametrize("chunk_size", [16, 32, 64])
+@pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
 def test_packed_documents_agree_with_the_token_loop(kind: str, chunk_size: int) -> None:
     cu_seqlens = torch.tensor([0, 3, 3, 70, 71, 199, 200])
     drawn = operands(kind, 1, 200, 6)
@@ -77,6 +77,12 @@ def test_packed_documents_agree_with_the_token_loop(kind: str, chunk_size: int) 
     empty = results(kernel, drawn, cu_seqlens, torch.float32)
     assert torch.equal(empty["final_state"][1].double(), drawn[6][1]), "a document without tokens keeps its state"
     assert torch.equal(empty["d_initial_state"][1].double(), drawn[8][1])
+
+
+def test_a_chunk_that_fp32_cannot_hold_is_refused() -> None:
+    drawn = [x.float() for x in operands("random", 1, 300, 1)]
+    with pytest.raises(ValueError, match="chunk_size is 256"):
+        wkv7_chunked(*drawn[:7], chunk_size=256)
 
 
 def test_padding_is_an_exact_no_op() -> None:
