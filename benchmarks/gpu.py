@@ -40,6 +40,7 @@ from benchmarks.machine import PeakMemory, describe, gemm_rates, json_line, spre
 from dlm_dist.kernels.wkv7 import (
     LOG_DECAY_BOUND,
     SELF_TEST_TOLERANCE,
+    fla_wkv7,
     select_backend,
     self_test_errors,
     wkv7_chunked,
@@ -89,50 +90,16 @@ class Sizes:
 # --- kernels ---------------------------------------------------------------------------------------------------
 
 
-def fla_kernel(chunk_size: int, keep: bool = False) -> Kernel:
-    """fla's kernel with our arguments; with `keep` the backward pass computes nothing of the forward pass again."""
-
-    def kernel(
-        r: Tensor,
-        log_w: Tensor,
-        k: Tensor,
-        v: Tensor,
-        a: Tensor,
-        b: Tensor,
-        initial_state: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        from fla.ops.rwkv7 import chunk_rwkv7
-
-        out, final_state = chunk_rwkv7(
-            r,
-            log_w,
-            k,
-            v,
-            a,
-            b,
-            scale=1.0,
-            initial_state=initial_state,
-            output_final_state=True,
-            cu_seqlens=cu_seqlens,
-            lower_bound=LOG_DECAY_BOUND,
-            chunk_size=chunk_size,
-            disable_recompute=keep,
-        )
-        return out, final_state
-
-    return kernel
-
-
 def candidate_kernels(device: torch.device) -> dict[str, Kernel]:
     """The kernels by name; fla's on CUDA only."""
     ours: dict[str, Kernel] = {"ours": wkv7_chunked}
     if device.type != "cuda":
         return ours
     return {
-        "fla chunk 64": fla_kernel(64),
-        "fla chunk 64, kept": fla_kernel(64, keep=True),
-        "fla chunk 16": fla_kernel(16),
+        "fla chunk 64": partial(fla_wkv7, chunk_size=64),
+        # The backward pass computes nothing of the forward pass again.
+        "fla chunk 64, kept": partial(fla_wkv7, chunk_size=64, disable_recompute=True),
+        "fla chunk 16": partial(fla_wkv7, chunk_size=16),
         **ours,
     }
 

@@ -23,7 +23,16 @@ from dlm_dist.kernels import rwkv7_elementwise as elementwise
 from dlm_dist.kernels.rwkv7_elementwise import relative_error
 from dlm_dist.kernels.wkv7_chunked import check_shapes, wkv7_chunked, wkv7_reference
 
-__all__ = ["KERNELS", "LOG_DECAY_BOUND", "check_kernel", "select_backend", "wkv7", "wkv7_chunked", "wkv7_reference"]
+__all__ = [
+    "KERNELS",
+    "LOG_DECAY_BOUND",
+    "check_kernel",
+    "fla_wkv7",
+    "select_backend",
+    "wkv7",
+    "wkv7_chunked",
+    "wkv7_reference",
+]
 
 KERNELS = ("auto", "fla", "pytorch")
 """auto: fla's where it was proved right, else ours; fla: that one or an error; pytorch: ours."""
@@ -85,7 +94,7 @@ def wkv7(
         if backend.name == "fla":
             check_shapes(r, log_w, k, v, a, b, initial_state, cu_seqlens)
             assert backend.chunk_size is not None
-            return _fla_wkv7(r, log_w, k, v, a, b, initial_state, cu_seqlens, backend.chunk_size)
+            return fla_wkv7(r, log_w, k, v, a, b, initial_state, cu_seqlens, backend.chunk_size)
     if r.shape[1] <= _TOKEN_LOOP_LENGTH and cu_seqlens is None and not torch.is_grad_enabled():
         return wkv7_reference(r, log_w, k, v, a, b, initial_state)
     return wkv7_chunked(r, log_w, k, v, a, b, initial_state, cu_seqlens)
@@ -189,17 +198,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _fla_wkv7(
+def fla_wkv7(
     r: Tensor,
     log_w: Tensor,
     k: Tensor,
     v: Tensor,
     a: Tensor,
     b: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_size: int = _FLA_CHUNKS[0],
+    disable_recompute: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """fla's Triton kernel on `wkv7`'s arguments, tested or not; `disable_recompute` trades memory for time."""
     # Imported here: fla needs Triton and a driver, and a machine without them must be able to import this module.
     from fla.ops.rwkv7 import chunk_rwkv7
 
@@ -216,13 +227,14 @@ def _fla_wkv7(
         cu_seqlens=cu_seqlens,
         lower_bound=LOG_DECAY_BOUND,
         chunk_size=chunk_size,
+        disable_recompute=disable_recompute,
     )
     return out, final_state
 
 
 def _self_test(device: torch.device, head_size: int, chunk_size: int) -> str | None:
     """None where fla's kernel agrees with ours on `device`, else one sentence that says how it failed."""
-    return _failure(lambda: self_test_errors(device, partial(_fla_wkv7, chunk_size=chunk_size), head_size))
+    return _failure(lambda: self_test_errors(device, partial(fla_wkv7, chunk_size=chunk_size), head_size))
 
 
 def _helpers(device: torch.device, head_size: int) -> dict[str, str]:
