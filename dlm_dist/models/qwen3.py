@@ -14,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 
 from dlm_dist.models.loss_head import LossHead
 from dlm_dist.models.outputs import DenoiserOutput
+from dlm_dist.models.visibility import Visibility
 from dlm_dist.randomness import derive_seed
 
 DIRECTIONS = ("bidirectional", "causal")
@@ -83,6 +84,8 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         input_ids: Tensor,
         *,
         document_ids: Tensor | None = None,
+        block_ids: Tensor | None = None,
+        clean_ids: Tensor | None = None,
         attention_bias: Tensor | None = None,
         supervised: Tensor | None = None,
         targets: Tensor | None = None,
@@ -93,21 +96,34 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         """Logits of every position, or the loss of the supervised ones.
 
         `input_ids` [B, T]. `document_ids` [B, T]: tokens see each other only where ids are equal, and nobody sees -1;
-        None means that each row is one document. `attention_bias` [B or 1, 1, T, T] is added to the attention scores
-        of every layer and head that documents and direction leave open (its gradient is kept).
+        None means that each row is one document. `block_ids` [B, T], not falling inside a document: a token sees no
+        later block of its document. `clean_ids` [B, T], with `block_ids`: a token sees its own block of `input_ids` and
+        the earlier blocks of `clean_ids` (block diffusion). `attention_bias` [B or 1, 1, T, T] is added to the
+        attention scores of every layer and head that documents, blocks and direction leave open (its gradient is kept).
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
         the unweighted losses [M] fp32. `l2wrap`: its gradient keeps the logits small (`LossHead.forward`).
         """
-        mask, positions = self._visibility(input_ids, document_ids, attention_bias)
+        if clean_ids is not None and (block_ids is None or attention_bias is not None):
+            raise ValueError("clean_ids [B, T] need block_ids [B, T] beside them, and take no attention_bias.")
+        batch, length = input_ids.shape
+        visibility = Visibility(
+            batch,
+            length,
+            input_ids.device,
+            document_ids,
+            block_ids,
+            causal=self.direction == "causal",
+            two_streams=clean_ids is not None,
+        )
         hidden = self.model(
-            input_ids,
-            attention_mask={"full_attention": mask},
-            position_ids=positions,
+            input_ids if clean_ids is None else torch.cat([input_ids, clean_ids], 1),
+            attention_mask={"full_attention": self._mask(visibility, attention_bias)},
+            position_ids=visibility.positions(),
             use_cache=False,
             is_causal=self.direction == "causal",
-        ).last_hidden_state
+        ).last_hidden_state[:, :length]
         if supervised is None:
             return DenoiserOutput(logits=self.lm_head(hidden))
         if targets is None or weights is None:
@@ -142,35 +158,20 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         ).last_hidden_state
         return self.lm_head(hidden), state
 
-    def _visibility(
-        self, input_ids: Tensor, document_ids: Tensor | None, attention_bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """SDPA mask [B, 1, T, T] (True or 0 = visible) and rotary positions [B, T]; None where SDPA needs none.
-
-        Positions count from the first token of each document, so that a packed document meets the same rotations as
-        the same document alone. They would not separate documents by themselves, hence the mask.
-        """
-        if document_ids is None and attention_bias is None:
-            return None, None
-        batch, length = input_ids.shape
-        index = torch.arange(length, device=input_ids.device)
-        visible = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device)
-        positions = None
-        if document_ids is not None:
-            # The cut tail, -1, sees itself: some kernels make NaN of a row that sees nothing.
-            same = document_ids[:, :, None] == document_ids[:, None, :]
-            positions = index - same.to(torch.uint8).argmax(dim=-1)
-            visible = same[:, None]
-        if self.direction == "causal":
-            visible = visible & (index[:, None] >= index[None, :])
+    def _mask(self, visibility: Visibility, attention_bias: Tensor | None) -> Tensor | None:
+        """SDPA mask [B, 1, T, T] (True or 0 = visible); None where SDPA needs none."""
+        if visibility.is_everything and attention_bias is None:
+            return None
+        visible = visibility.dense()
         if attention_bias is None:
-            return visible, positions
+            return visible
+        batch, length = visibility.batch, visibility.length
         if attention_bias.dim() != 4 or attention_bias.shape[1:] != (1, length, length):
             raise ValueError(
                 f"attention_bias must be [{batch}, 1, {length}, {length}], got {tuple(attention_bias.shape)}."
             )
         bias = attention_bias.to(self.model.embed_tokens.weight.dtype)
-        return bias.masked_fill(~visible, -torch.inf), positions
+        return bias.masked_fill(~visible, -torch.inf)
 
     @torch.no_grad()
     def initialize_(self, seed: int) -> None:

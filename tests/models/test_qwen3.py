@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dlm_dist.models import build
 from dlm_dist.models.qwen3 import Qwen3DiffusionConfig, Qwen3ForDiffusion
+from dlm_dist.models.visibility import Visibility
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -121,7 +123,77 @@ def test_attention_bias_is_added_on_top_of_documents_and_direction() -> None:
 
 def test_no_mask_tensor_without_documents() -> None:
     model = _model()
-    assert model._visibility(_ids(2, 8), None, None) == (None, None)
+    assert model._mask(Visibility(2, 8, torch.device("cpu")), None) is None
+
+
+BLOCKS = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3], [0, 1, 1, 2, 3, 4, 5, 6, 7, 8]])
+DOCUMENTS = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1, 1], [0] * 7 + [-1] * 3])
+
+
+@pytest.mark.parametrize("direction", ["bidirectional", "causal"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_token_sees_no_later_block_and_no_other_document(direction: str, packed: bool) -> None:
+    model, ids = _model(direction=direction), _ids(2, 10)
+    documents = DOCUMENTS if packed else None
+    with torch.no_grad():
+        before = model(ids, document_ids=documents, block_ids=BLOCKS).logits
+        for place in range(10):
+            changed = ids.clone()
+            changed[:, place] = (changed[:, place] + 1) % 96
+            moved = (model(changed, document_ids=documents, block_ids=BLOCKS).logits != before).any(-1)
+            seen = BLOCKS[:, place : place + 1] <= BLOCKS
+            if direction == "causal":
+                seen = seen & (torch.arange(10) >= place)
+            if packed:
+                seen = seen & (DOCUMENTS[:, place : place + 1] == DOCUMENTS)
+            assert torch.equal(moved, seen), place
+
+
+@pytest.mark.parametrize("direction", ["bidirectional", "causal"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_noisy_block_sees_the_clean_blocks_before_it(direction: str, packed: bool) -> None:
+    """The logits of each block beside a clean stream are those behind its clean prefix alone."""
+    model, clean = _model(direction=direction), _ids(2, 10)
+    noisy = torch.where(torch.rand(2, 10, generator=torch.Generator().manual_seed(5)) < 0.5, 96, clean)
+    with torch.no_grad():
+        documents = DOCUMENTS if packed else None
+        got = model(noisy, document_ids=documents, block_ids=BLOCKS, clean_ids=clean).logits
+        assert got.shape == (2, 10, 97)
+        for row in range(2):
+            spans = [(d, s) for d, s in ((0, (0, 5)), (1, (5, 10)))] if row == 0 and packed else [(0, (0, 10))]
+            if row == 1 and packed:
+                spans = [(0, (0, 7)), (-1, (7, 10))]
+            for _, (start, end) in spans:
+                for block in BLOCKS[row, start:end].unique():
+                    there = [i for i in range(start, end) if BLOCKS[row, i] == block]
+                    first, last = there[0], there[-1] + 1
+                    ids = torch.cat([clean[row, start:first], noisy[row, first:last]])[None]
+                    alone = model(ids, block_ids=BLOCKS[row, start:last][None]).logits[0, first - start :]
+                    torch.testing.assert_close(got[row, first:last], alone, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="need block_ids"):
+        model(noisy, clean_ids=clean)
+
+
+def test_the_mask_of_flex_attention_is_the_dense_one() -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    for causal, prompt, streams in itertools.product((False, True), repeat=3):
+        if prompt and streams:
+            continue
+        rule = Visibility(2, 10, torch.device("cpu"), DOCUMENTS, BLOCKS, causal, prompt, streams)
+        width = rule.width
+        mask = create_mask(lambda b, h, q, k, rule=rule: rule.sees(b, q, k), 2, None, width, width, device="cpu")
+        assert torch.equal(mask, rule.dense())
+        assert rule.dense().any(-1).all(), "some kernels make NaN of a row that sees nothing"
+    literal = Visibility(1, 6, torch.device("cpu"), None, torch.tensor([[0, 0, 1, 1, 2, 2]]), False, True)
+    assert literal.dense()[0, 0].int().tolist() == [
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 1],
+        [1, 1, 0, 0, 1, 1],
+    ]
 
 
 @pytest.mark.parametrize("tied", [False, True])
