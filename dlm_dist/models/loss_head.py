@@ -24,7 +24,14 @@ class LossHead(nn.Linear):
 
     @overload
     def forward(
-        self, hidden: Tensor, targets: Tensor, weights: Tensor, per_row: bool = False, l2wrap: float | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        per_row: bool = False,
+        l2wrap: float | None = None,
+        label_smoothing: float = 0.0,
+        confidence_weight: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -34,16 +41,21 @@ class LossHead(nn.Linear):
         weights: Tensor | None = None,
         per_row: bool = False,
         l2wrap: float | None = None,
+        label_smoothing: float = 0.0,
+        confidence_weight: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [..., V] of `hidden` [..., C]; with `targets` [M] and `weights` [M] fp32 the loss of `hidden` [M, C].
 
         The loss is sum_i weights[i] * cross entropy of row i, 0-d fp32; with `per_row` it comes together with the
-        unweighted losses of the rows, [M] fp32 without gradient. M may be 0. `l2wrap`: see `weighted_cross_entropy`.
-        For BlinkDL's strength s per mean over N rows, of whose loss this sum over D is a part, it is s * D / N.
+        unweighted losses of the rows, [M] fp32 without gradient. M may be 0. `label_smoothing`, `confidence_weight`
+        and `l2wrap`: see `weighted_cross_entropy`. For BlinkDL's L2Wrap of strength s per mean over N rows, of whose
+        loss this sum over D is a part, `l2wrap` is s * D / N.
         """
         if targets is None and weights is None and not per_row:
             return super().forward(hidden)
         if targets is None or weights is None:
             raise ValueError("A loss needs both targets [M] and weights [M].")
-        total, rows = weighted_cross_entropy(hidden, self.weight, targets, weights, l2wrap=l2wrap)
+        total, rows = weighted_cross_entropy(
+            hidden, self.weight, targets, weights, None, l2wrap, label_smoothing, confidence_weight
+        )
         return (total, rows) if per_row else total

@@ -92,6 +92,8 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         weights: Tensor | None = None,
         per_row: bool = False,
         l2wrap: float | None = None,
+        label_smoothing: float = 0.0,
+        confidence_weight: float = 0.0,
     ) -> DenoiserOutput | Tensor | tuple[Tensor, Tensor]:
         """Logits of every position, or the loss of the supervised ones.
 
@@ -103,7 +105,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
-        the unweighted losses [M] fp32. `l2wrap`: its gradient keeps the logits small (`LossHead.forward`).
+        the unweighted losses [M] fp32. `l2wrap`, `label_smoothing`, `confidence_weight`: see `LossHead.forward`.
         """
         if clean_ids is not None and (block_ids is None or attention_bias is not None):
             raise ValueError("clean_ids [B, T] need block_ids [B, T] beside them, and take no attention_bias.")
@@ -129,7 +131,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         if targets is None or weights is None:
             raise ValueError("supervised rows need targets [M] and weights [M] beside them.")
         rows = hidden.flatten(0, 1).index_select(0, supervised)
-        return self.lm_head(rows, targets, weights, per_row=per_row, l2wrap=l2wrap)
+        return self.lm_head(rows, targets, weights, per_row, l2wrap, label_smoothing, confidence_weight)
 
     def incremental(self, input_ids: Tensor, state: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
         """Logits [B, T, V] of tokens [B, T] that follow those of `state`, and the state behind them.

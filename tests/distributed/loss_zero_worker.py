@@ -59,6 +59,21 @@ def micro_batch(rank: int, index: int) -> dict[str, Tensor]:
     }
 
 
+def micro_batch_of(case: Case, rank: int, index: int) -> dict[str, Tensor]:
+    """`micro_batch`; in fp32 every other target is the one that the model thinks likeliest, for the confidence term."""
+    batch = micro_batch(rank, index)
+    if case[3] == "fp32" and len(batch["targets"]) > 0:
+        with torch.no_grad():
+            logits = make_model(case[1], case[2])(batch["input_ids"]).logits.flatten(0, 1)[batch["supervised"]]
+        batch["targets"][::2] = logits.argmax(dim=1)[::2]
+    return batch
+
+
+def head_terms(case: Case) -> dict[str, float]:
+    """Label smoothing everywhere; the confidence term, which no bf16 tie shall decide, in fp32."""
+    return {"label_smoothing": 0.2, "confidence_weight": 1.5 if case[3] == "fp32" else 0.0}
+
+
 def l2wrap(backbone: str, tied: bool) -> float:
     """Strength of L2Wrap in a mean over the supervised rows of the whole step; far above BlinkDL's, to be seen."""
     return 0.1 if backbone == "rwkv7" or tied else 0.0
@@ -98,14 +113,14 @@ def _engine(case: Case) -> Any:
     return engine
 
 
-def _step(engine: Any, strength: float, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The global loss of one optimizer step and the full gradient of each parameter, L2Wrap of `strength` included."""
+def _step(engine: Any, case: Case, rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The global loss of one optimizer step and the full gradient of each parameter, every term of the head in them."""
     from deepspeed.utils import safe_get_full_grad
 
-    extra = strength * denominator(world) / supervised(world)
+    extra = {"l2wrap": l2wrap(case[1], case[2]) * denominator(world) / supervised(world), **head_terms(case)}
     total = torch.zeros(())
     for index in range(ACCUMULATION):
-        loss = engine(**micro_batch(rank, index), l2wrap=extra) / denominator(world)
+        loss = engine(**micro_batch_of(case, rank, index), **extra) / denominator(world)
         total += loss.detach()
         # DeepSpeed divides by the accumulation steps and averages over the ranks.
         engine.backward(loss * (ACCUMULATION * world))
@@ -134,7 +149,7 @@ def main(rank: int, world: int, folder: Path, repeats: int) -> None:
     for case in cases:
         for _ in range(repeats):
             engine = _engine(case)
-            results[case].append(_step(engine, l2wrap(case[1], case[2]), rank, world))
+            results[case].append(_step(engine, case, rank, world))
             engine.destroy()
     if rank == 0:
         torch.save(results, folder / "result.pt")

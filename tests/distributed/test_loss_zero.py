@@ -17,9 +17,10 @@ from tests.distributed.loss_zero_worker import (
     HEADS,
     Case,
     denominator,
+    head_terms,
     l2wrap,
     make_model,
-    micro_batch,
+    micro_batch_of,
     supervised,
 )
 
@@ -61,21 +62,28 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return _run(tmp_path_factory.mktemp("zero"), repeats=1)
 
 
-def _reference(backbone: str, tied: bool, precision: str) -> tuple[float, dict[str, Tensor]]:
+def _reference(case: Case) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the whole global batch from full logits in fp64, weights rounded as the run's were.
 
     L2Wrap's gradient is that of half the square of each row's highest logit, which the loss does not show.
     """
+    _, backbone, tied, precision = case
     model = make_model(backbone, tied)
+    terms = head_terms(case)
     if precision == "bf16":
         model = model.bfloat16()
     model = model.double()
     total, squares = torch.zeros(2, dtype=torch.float64).unbind()
     for rank in range(WORLD):
         for index in range(ACCUMULATION):
-            batch = micro_batch(rank, index)
+            batch = micro_batch_of(case, rank, index)
             logits = model(batch["input_ids"]).logits.flatten(0, 1)[batch["supervised"]]
-            rows = torch.nn.functional.cross_entropy(logits.double(), batch["targets"], reduction="none")
+            rows = torch.nn.functional.cross_entropy(
+                logits, batch["targets"], reduction="none", label_smoothing=terms["label_smoothing"]
+            )
+            entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+            right = logits.argmax(dim=1) == batch["targets"]
+            rows = rows + terms["confidence_weight"] * torch.where(right, entropy, 0.0)
             total = total + (rows * batch["weights"].double()).sum()
             squares = squares + logits.amax(dim=1).square().sum()
     total = total / denominator(WORLD)
@@ -85,9 +93,9 @@ def _reference(backbone: str, tied: bool, precision: str) -> tuple[float, dict[s
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"zero{case[0]}-{case[1]}-{'tied' * case[2]}-{case[3]}")
 def test_loss_and_gradients_equal_full_logits_in_fp64(case: Case, results: Results) -> None:
-    _, backbone, tied, precision = case
+    precision = case[3]
     loss, gradients = results[case][0]
-    reference_loss, reference = _reference(backbone, tied, precision)
+    reference_loss, reference = _reference(case)
     assert loss.item() == pytest.approx(reference_loss, rel=1e-6 if precision == "fp32" else 3e-3)
     assert gradients.keys() == reference.keys()
     for name, expected in reference.items():

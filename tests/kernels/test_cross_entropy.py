@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+
 import pytest
 import torch
 from torch import Tensor
@@ -182,6 +184,185 @@ def test_l2wrap_without_rows_adds_nothing() -> None:
     total.backward()
     assert total == 0
     assert not weight.grad.any()
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What is added to the cross entropy."""
+
+    label_smoothing: float = 0.0
+    confidence_weight: float = 0.0
+    l2wrap: float = 0.0
+
+    def settings(self) -> dict[str, float]:
+        return asdict(self)
+
+    def reference(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Loss, losses of the rows and gradients (hidden, weight, weights) by autograd through full fp64 logits."""
+        leaves = [value.detach().double().requires_grad_() for value in (hidden, weight, weights)]
+        logits = leaves[0] @ leaves[1].t()
+        log_p = logits.log_softmax(dim=1)
+        nll = -log_p.gather(1, targets[:, None]).squeeze(1)
+        rows = (1 - self.label_smoothing) * nll - self.label_smoothing * log_p.mean(dim=1)
+        entropy = -(log_p.exp() * log_p).sum(dim=1)
+        rows = rows + self.confidence_weight * torch.where(logits.argmax(dim=1) == targets, entropy, 0.0)
+        total = (rows * leaves[2]).sum()
+        drift = self.l2wrap / 2 * logits.amax(dim=1).square().sum()
+        gradients = torch.autograd.grad(total + drift, leaves)
+        return total.detach(), rows.detach(), gradients
+
+
+_TERMS = (
+    _Terms(label_smoothing=0.1),
+    _Terms(confidence_weight=2.0),
+    _Terms(label_smoothing=0.3, confidence_weight=0.5),
+    _Terms(label_smoothing=0.1, confidence_weight=2.0, l2wrap=0.05),
+)
+
+
+def _partly_right(dtype: torch.dtype, rows: int = 33) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs of which two rows in three have the target that the head thinks likeliest, more or less surely."""
+    hidden, weight, targets, weights = _inputs(rows, 16, 101, dtype)
+    hidden.data.mul_(torch.linspace(0.1, 3.0, rows)[:, None])
+    likeliest = (hidden.double() @ weight.double().t()).argmax(dim=1)
+    right = torch.arange(rows) % 3 > 0
+    return hidden, weight, torch.where(right, likeliest, targets), weights.requires_grad_()
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("terms", _TERMS, ids=str)
+def test_label_smoothing_and_confidence_equal_full_logits_in_fp64(
+    terms: _Terms, dtype: torch.dtype, block_size: int | None
+) -> None:
+    inputs = _partly_right(dtype)
+    loss, rows, gradients = terms.reference(*inputs)
+    total, row_losses = weighted_cross_entropy(*inputs, block_size, **terms.settings())
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-12
+    assert total.dtype == row_losses.dtype == dtype
+    assert _relative(total, loss) < tolerance
+    assert _relative(row_losses, rows) < tolerance
+    hidden, weight, _, weights = inputs
+    for ours, expected in zip(torch.autograd.grad(total * 0.5, (hidden, weight, weights)), gradients, strict=True):
+        # fp32 weights of fp64 rows come back with fp32 gradients
+        assert _relative(ours, expected / 2) < (1e-5 if dtype == torch.float32 else 1e-7)
+
+
+def test_gradcheck_in_fp64_of_every_term() -> None:
+    hidden, weight, targets, weights = _partly_right(torch.float64, rows=6)
+
+    def total(h: Tensor, w: Tensor, q: Tensor) -> Tensor:
+        return weighted_cross_entropy(h, w, targets, q, 30, label_smoothing=0.2, confidence_weight=1.5)[0]
+
+    assert torch.autograd.gradcheck(total, (hidden, weight, weights.detach().double().requires_grad_()))
+
+
+@pytest.mark.parametrize("terms", _TERMS[:3], ids=str)
+def test_every_term_in_bf16(terms: _Terms) -> None:
+    """Without L2Wrap, which may land on another of two logits that are nearly equal."""
+    inputs = _partly_right(torch.bfloat16, rows=300)
+    loss, _, gradients = terms.reference(*inputs)
+    total, _ = weighted_cross_entropy(*inputs, 64, **terms.settings())
+    assert total.dtype == torch.float32
+    assert _relative(total, loss) < 5e-3
+    for ours, expected in zip(torch.autograd.grad(total, inputs[:2]), gradients, strict=False):
+        assert (ours.double() - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_confidence_term_takes_right_rows_only(sign: float) -> None:
+    """The gradient of a wrong row stays as it was, whatever the sign of the weight."""
+    hidden, weight, targets, _ = _partly_right(torch.float64)
+    weights = torch.full((33,), sign)
+    found = []
+    for confidence_weight in (0.0, 2.0):
+        total, rows = weighted_cross_entropy(hidden, weight, targets, weights, 16, confidence_weight=confidence_weight)
+        found.append((rows, torch.autograd.grad(total, hidden)[0]))
+    changed = (found[0][1] - found[1][1]).abs().amax(dim=1) > 1e-9
+    right = (hidden @ weight.t()).argmax(dim=1) == targets
+    assert 15 < int(right.sum()) < 33
+    assert torch.equal(changed, right)
+    assert torch.equal(found[0][0][~right], found[1][0][~right])
+    entropy = torch.distributions.Categorical(logits=(hidden @ weight.t()).detach()).entropy()
+    torch.testing.assert_close((found[1][0] - found[0][0])[right], 2.0 * entropy[right])
+
+
+def test_entropies_near_zero_and_near_their_maximum_keep_their_digits() -> None:
+    """A running sum that is not centred on the highest logit would lose them at logits of 1000."""
+    weight = torch.tensor([[1000.0], [990.0], [980.0], [0.0]])
+    hidden = torch.tensor([[1.0], [0.01], [1e-6]])
+    _, rows = weighted_cross_entropy(hidden, weight, torch.zeros(3).long(), torch.ones(3), 1, confidence_weight=1.0)
+    entropy = rows - cross_entropy_rows(hidden, weight, torch.zeros(3).long(), 1)
+    logits = hidden.double() @ weight.double().t()
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    assert float((entropy.double() / expected - 1).abs().max()) < 2e-3  # the difference of two rounded losses
+
+
+@pytest.mark.parametrize("terms", _TERMS, ids=str)
+def test_without_rows_no_term_adds_anything(terms: _Terms) -> None:
+    hidden, weight, targets, weights = _inputs(0, 16, 101, torch.float32)
+    total, rows = weighted_cross_entropy(hidden, weight, targets, weights, 16, **terms.settings())
+    total.backward()
+    assert total == 0
+    assert rows.shape == (0,)
+    assert not weight.grad.any()
+
+
+class _Passes(TorchDispatchMode):
+    """Counts the operations that read or write a whole block of logits."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.count = elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        views = ("aten::view", "aten::slice", "aten::t", "aten::empty", "aten::new_empty", "aten::empty_like")
+        if func._schema.name not in (*views, "aten::gather", "aten::scatter_add_"):
+            values = [value for value in (result, *args) if isinstance(value, Tensor)]
+            self.count += any(value.numel() == self.elements for value in values)
+        return result
+
+
+def test_a_term_that_is_off_costs_no_pass_over_the_logits() -> None:
+    rows, block, blocks = 48, 32, 4
+    hidden, weight, targets, weights = _inputs(rows, 7, block * blocks, torch.float32)
+
+    def passes(**terms: float) -> float:
+        with _Passes(rows * block) as counted:
+            weighted_cross_entropy(hidden, weight, targets, weights, block, **terms)[0].backward()
+        return counted.count / blocks
+
+    # Scan: product, maximum, minus it, exp, sum. Gradients: product, minus lse, exp, times scale, two products.
+    assert passes() == passes(label_smoothing=0.0, confidence_weight=0.0) == 11
+    assert passes(label_smoothing=0.1) == 13  # a sum; minus the even part
+    assert passes(confidence_weight=2.0) == 14  # times the exponent, sum; the slope of the scale
+
+
+def test_terms_out_of_range_are_named() -> None:
+    inputs = _inputs(4, 8, 40, torch.float32)
+    for value in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="label_smoothing is"):
+            weighted_cross_entropy(*inputs, label_smoothing=value)
+    for value in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="confidence_weight is"):
+            weighted_cross_entropy(*inputs, confidence_weight=value)
+
+
+def test_the_head_hands_every_term_on() -> None:
+    hidden, weight, targets, weights = _partly_right(torch.float32)
+    head = LossHead(16, 101)
+    head.weight.data.copy_(weight.data)
+    terms = _TERMS[-1].settings()
+    gradients = []
+    for total, leaf in (
+        (head(hidden, targets, weights, **terms), head.weight),
+        (weighted_cross_entropy(hidden, weight, targets, weights, **terms)[0], weight),
+    ):
+        gradients.append((total, *torch.autograd.grad(total, (hidden, leaf))))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
 def test_a_nan_in_one_row_reaches_the_loss_and_the_gradient() -> None:
