@@ -36,8 +36,8 @@ from benchmarks.machine import describe, json_line
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs/directions")
 
-# Two-sided 95 % points of Student's t by degrees of freedom.
-_STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
+_STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 SEED_ARMS = {
     "causal": [],
@@ -94,8 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan["flops_ratio"] = plan["flops"] / plans[0]["flops"]
     jobs = [(plan, seed) for seed in options.seeds for plan in plans]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda job: train(options.experiment, experiment, *job, threads), jobs))
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda job: train(options.experiment, experiment, *job, threads), jobs))
+    except ValueError as error:
+        print(f"directions: {error}", file=sys.stderr)
+        return 2
     result = summary(options.experiment, plans, options.seeds)
     print(table(result))
     if options.plot is not None:
@@ -164,8 +168,8 @@ def plan_arm(experiment: Experiment, name: str, overrides: Sequence[str]) -> dic
 def _flops_per_step(experiment: Experiment, overrides: Sequence[str]) -> tuple[Any, float]:
     from dlm_dist import models
     from dlm_dist.config import load_config
-    from dlm_dist.training.run import resolve_sizes
     from dlm_dist.training.sources import open_sources
+    from dlm_dist.training.starting_model import resolve_sizes
 
     config = load_config(experiment.config, overrides)
     (source,) = open_sources(config)
@@ -182,8 +186,12 @@ def run_folder(name: str, arm: str, seed: int) -> Path:
 
 
 def train(name: str, experiment: Experiment, plan: dict[str, Any], seed: int, threads: int) -> None:
-    """One run to its end, through the launcher that users start; nothing where it is finished."""
+    """One run to its end, through the launcher that users start; nothing where it is finished.
+
+    Raises ValueError where the folder holds a run of another configuration.
+    """
     folder = run_folder(name, plan["arm"], seed)
+    require_same_run(folder, experiment, plan, seed)
     if last_evaluation(folder) == plan["steps"]:
         return
     launcher = Path(sysconfig.get_path("scripts")) / "deepspeed"
@@ -195,6 +203,26 @@ def train(name: str, experiment: Experiment, plan: dict[str, Any], seed: int, th
     with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
         print(f"{plan['arm']}, seed {seed}: {plan['steps']} steps", flush=True)
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+
+
+def require_same_run(folder: Path, experiment: Experiment, plan: dict[str, Any], seed: int) -> None:
+    """Raise ValueError where `folder` holds a run that `plan` would not make: its numbers are of something else."""
+    from dlm_dist.config import load_config
+
+    if not (folder / "config.yaml").exists():
+        return
+    there = load_config(folder / "config.yaml").model_dump(mode="json")
+    wanted = load_config(experiment.config, [f"run.seed={seed}", *plan["overrides"]]).model_dump(mode="json")
+    for section, values in wanted.items():
+        if not isinstance(values, dict) or section == "logging":
+            continue
+        for key, value in values.items():
+            # Where a run lives, how many threads it has, and what the data decides are not its identity.
+            if value is not None and key not in ("dir", "cpu_threads") and there[section].get(key) != value:
+                raise ValueError(
+                    f"{folder} holds a run with {section}.{key} = {there[section].get(key)}, and this one has {value}: "
+                    "remove the folder to run it anew"
+                )
 
 
 def _free_port() -> int:
@@ -228,6 +256,7 @@ def summary(name: str, plans: list[dict[str, Any]], seeds: Sequence[int]) -> dic
     for plan in plans:
         curves = [evaluations(run_folder(name, plan["arm"], seed)) for seed in seeds]
         metrics = [_metrics(run_folder(name, plan["arm"], seed)) for seed in seeds]
+        assert all(curve[-1]["step"] == plan["steps"] for curve in curves)
         final = [curve[-1]["bound_nats_per_token"] for curve in curves]
         arms.append(
             plan
@@ -255,7 +284,8 @@ def interval(differences: Sequence[float]) -> dict[str, float | None]:
     mean = statistics.fmean(differences)
     if count < 2:
         return {"mean": mean, "low": None, "high": None}
-    half = _STUDENT_T.get(count - 1, 1.96) * statistics.stdev(differences) / math.sqrt(count)
+    # With more pairs than the table knows the interval is a little too wide, never too narrow.
+    half = _STUDENT_T[min(count - 1, len(_STUDENT_T)) - 1] * statistics.stdev(differences) / math.sqrt(count)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 

@@ -130,7 +130,7 @@ class ModelSection(Section):
         description="recompute each block in the backward pass: less memory, about a third more time",
     )
     head_size: Positive | None = Field(
-        default=None, description="rwkv7: channels per head; divides hidden_size; null = 64"
+        default=None, description="rwkv7: channels per head; divides hidden_size; null = 64, or those of init_from"
     )
     low_rank_rule: Literal["current", "released"] | None = Field(
         default=None,
@@ -643,7 +643,9 @@ def default_values(backbone: object, optimizer: object, objective: object, model
         values |= {"model.direction": "bidirectional", "data.random_length_prob": 0.01}
         values |= {"objective.schedule": "linear", "objective.masking": "exact"}
     if backbone == "rwkv7":
-        values |= {"model.head_size": 64, "model.wkv7_kernel": "auto"}
+        values["model.wkv7_kernel"] = "auto"
+        if model.get("init_from") is None:
+            values["model.head_size"] = 64
     if backbone == "qwen3":
         values |= {"optimizer.lr": 3e-4, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8}
         values |= {"model.head_dim": 128, "model.tie_word_embeddings": False}

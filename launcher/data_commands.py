@@ -268,6 +268,7 @@ def _token_files_described(source: TokenFileSource) -> dict[str, Any]:
         "rows": source.num_rows,
         "sequence_length": source.sequence_length,
         "tokens": source.num_tokens,
+        # RWKV-LM calls it magic_prime.
         "cubic_prime": cubic_prime(source.num_rows) if source.num_rows > 2 else None,
         "dtype": ", ".join(sorted({str(file.dtype) for file in source.token_files})),
         "tokenizer": source.tokenizer_description["name"],

@@ -72,9 +72,8 @@ def run_init(arguments: argparse.Namespace) -> int:
 
     from dlm_dist.models.conversion import Weights, refuse_existing, staged
     from dlm_dist.models.conversion_blinkdl import write_blinkdl
-    from dlm_dist.training.run import resolve_sizes
     from dlm_dist.training.sources import open_sources
-    from dlm_dist.training.starting_model import initial_model
+    from dlm_dist.training.starting_model import initial_model, resolve_sizes
 
     refuse_existing(arguments.out)
     if not sys.stderr.isatty():

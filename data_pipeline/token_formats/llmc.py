@@ -40,13 +40,22 @@ def find(path: Path) -> list[Path]:
     """The files that `path` names, in the order of their names: one file (with or without its .bin), the .bin files
     of a folder, or those that match a pattern.
 
-    Empty where there is none. Raises DataError for a folder that mixes training and held-out files, and for a pattern
-    that nothing matches.
+    Empty where there is none. Raises DataError for a folder that mixes training and held-out files, or files of llm.c
+    and others, and for a pattern that nothing matches.
     """
     if path.is_file():
         return [path] if begins_alike(path) else []
     if path.is_dir():
-        found = sorted(file for file in path.glob("*.bin") if begins_alike(file))
+        found = sorted(path.glob("*.bin"))
+        ours = [begins_alike(file) for file in found]
+        if not any(ours):
+            return []
+        if not all(ours):
+            other = found[ours.index(False)].name
+            raise DataError(
+                f"{path} holds files of llm.c and {other}, which is none or is damaged: restore or remove it, or name "
+                f"those that you mean with a pattern"
+            )
         held_out = [file for file in found if _HELD_OUT.search(file.stem)]
         if held_out and len(held_out) < len(found):
             raise DataError(

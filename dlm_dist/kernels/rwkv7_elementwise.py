@@ -32,10 +32,10 @@ def shift_difference(
     x [B, T, C]. Zeros precede the first token of a document: those that `first` [1, T, 1] names, which are also
     the bounds `cu_seqlens` [D + 1]; without them the rows' first, which `previous` [B, C] precedes if it is given.
     """
-    if fused:
+    if fused and previous is None:
         from fla.modules.token_shift import token_shift
 
-        return token_shift(x, cu_seqlens=cu_seqlens, cache=previous)
+        return token_shift(x, cu_seqlens=cu_seqlens)
     before = F.pad(x[:, :-1], (0, 0, 1, 0))
     if previous is not None:
         before = torch.cat([previous.unsqueeze(1), x[:, :-1]], 1)

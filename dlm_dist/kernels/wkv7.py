@@ -87,7 +87,7 @@ def wkv7(
     `kernel` is one of KERNELS. fp32 and fp64 inputs always take the PyTorch kernel: fla's is made for 16-bit inputs.
     Raises ValueError where shapes do not fit, or `kernel` is "fla" and it cannot run.
     """
-    if kernel == "fla":
+    if kernel != "auto":
         check_kernel(kernel, r.device, v.dtype, r.shape[-1])
     if kernel != "pytorch" and r.is_cuda and v.dtype in _SIXTEEN_BIT:
         backend = select_backend(r.device, r.shape[-1])
@@ -290,6 +290,8 @@ def _probe_operands(device: torch.device, batch: int, length: int, states: int, 
     key = torch.nn.functional.normalize(normal(*shape) + normal(batch, 1, heads, size), dim=-1)
     rate = torch.sigmoid(normal(*shape))
     log_w = LOG_DECAY_BOUND * torch.sigmoid(3.0 * normal(*shape) - 2.0)
+    # What decides how long a chunk may be: a head whose every channel decays as fast as it can.
+    log_w[:, :, 0] = LOG_DECAY_BOUND
     sixteen_bit = [normal(*shape), log_w, normal(*shape) * 0.5, normal(*shape), -key, key * rate]
     operands = [x.to(torch.bfloat16) for x in sixteen_bit]
     operands[1] = log_w

@@ -17,14 +17,27 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dlm_dist.kernels.wkv7 import KERNELS
 from dlm_dist.models.loss_head import LossHead
 from dlm_dist.models.outputs import DenoiserOutput
 from dlm_dist.models.rwkv7_init import InitSizes, initial_value, initialize_
 from dlm_dist.models.rwkv7_layers import ChannelMix, DepthSeed, Documents, LoraRanks, ScanState, TimeMix, lora_ranks
 
-__all__ = ["DIRECTIONS", "LayerState", "LoraRanks", "RWKV7Config", "RWKV7ForDiffusion", "TimeMix", "lora_ranks"]
+__all__ = [
+    "DIRECTIONS",
+    "RANK_FIELDS",
+    "LayerState",
+    "LoraRanks",
+    "RWKV7Config",
+    "RWKV7ForDiffusion",
+    "TimeMix",
+    "lora_ranks",
+]
 
 DIRECTIONS = ("causal", "bidirectional", "alternate", "dw_jrt")
+
+RANK_FIELDS = ("decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")
+"""The fields of `LoraRanks` as the configuration names them."""
 
 _LORA_NAMES = frozenset(f"{kind}{i}" for kind in "wavg" for i in (1, 2))
 _MATRIX_MODULES = frozenset({"receptance", "key", "value", "output", "direction_gate"})
@@ -60,7 +73,7 @@ class RWKV7Config(PreTrainedConfig):
     gate_low_rank_dim: int | None = None
     mask_token_id: int | None = None
     direction: str = "causal"
-    tie_directions: bool = True
+    tie_directions: bool = False
     direction_gate_init: float | int = 0.0
     dw_jrt_variant: str = "seed"
     dw_jrt_scale: float | int = 1.0
@@ -72,7 +85,7 @@ class RWKV7Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction is {self.direction!r}: RWKV-7 knows {', '.join(DIRECTIONS)}.")
-        if self.hidden_size % self.head_size:
+        if min(self.head_size, self.hidden_size) < 1 or self.hidden_size % self.head_size:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of head_size {self.head_size}.")
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(f"mask_token_id {self.mask_token_id} lies outside the vocabulary of {self.vocab_size}.")
@@ -80,16 +93,16 @@ class RWKV7Config(PreTrainedConfig):
             raise ValueError("tie_word_embeddings is true: RWKV-7's head has weights of its own, set it to false.")
         self.depth_seed()
         ranks = lora_ranks(self.hidden_size, self.low_rank_rule)
-        self.decay_low_rank_dim = self.decay_low_rank_dim or ranks.w
-        self.a_low_rank_dim = self.a_low_rank_dim or ranks.a
-        self.v_low_rank_dim = self.v_low_rank_dim or ranks.v
-        self.gate_low_rank_dim = self.gate_low_rank_dim or ranks.g
+        for name, rank in zip(RANK_FIELDS, ranks, strict=True):
+            if getattr(self, name) is None:
+                setattr(self, name, rank)
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1, or None for the rule's.")
 
     @property
     def lora_ranks(self) -> LoraRanks:
         """The ranks in use."""
-        ranks = (self.decay_low_rank_dim, self.a_low_rank_dim, self.v_low_rank_dim, self.gate_low_rank_dim)
-        return LoraRanks(*(rank for rank in ranks if rank is not None))
+        return LoraRanks(*(getattr(self, name) for name in RANK_FIELDS))
 
     def depth_seed(self) -> DepthSeed | None:
         """What direction "dw_jrt" hands from layer to layer; None for the others. ValueError if that cannot be."""
@@ -182,6 +195,8 @@ class RWKV7ForDiffusion(PreTrainedModel):
 
     def set_kernel(self, kernel: str) -> None:
         """What computes the recurrences from now on: one of `dlm_dist.kernels.wkv7.KERNELS`."""
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel is {kernel!r}: choose one of {', '.join(KERNELS)}.")
         for module in self.modules():
             if isinstance(module, TimeMix):
                 module.kernel = kernel
@@ -219,6 +234,8 @@ class RWKV7ForDiffusion(PreTrainedModel):
 
     def body(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """The residual stream after the last block [B, T, C], before the final norm."""
+        if document_ids is not None and document_ids.shape != input_ids.shape:
+            raise ValueError(f"document_ids are {list(document_ids.shape)}, but input_ids {list(input_ids.shape)}.")
         x = self.emb(input_ids)
         documents = None if document_ids is None else Documents.from_ids(document_ids)
         if documents is not None:

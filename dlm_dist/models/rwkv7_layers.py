@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm_dist.kernels.rwkv7_elementwise import corrected_output, mixes, scaled_key, shift_difference, wide
-from dlm_dist.kernels.wkv7 import LOG_DECAY_BOUND, fused_steps, wkv7
+from dlm_dist.kernels.wkv7 import KERNELS, LOG_DECAY_BOUND, fused_steps, wkv7
 from dlm_dist.models.rwkv7_init import InitSizes, initial_value
 
 SCANS = ("causal", "reverse", "bidirectional")
@@ -196,17 +196,19 @@ class TimeMix(nn.Module):
         ranks: LoraRanks | None = None,
         *,
         direction: str = "causal",
-        tied: bool = True,
+        tied: bool = False,
         gate_init: float = 0.0,
         depth_seed: DepthSeed | None = None,
         kernel: str = "auto",
         seed: int | None = 0,
     ) -> None:
         super().__init__()
-        if hidden_size % head_size:
+        if head_size < 1 or hidden_size < 1 or hidden_size % head_size:
             raise ValueError(f"hidden_size {hidden_size} is no multiple of head_size {head_size}.")
         if direction not in SCANS:
             raise ValueError(f"direction is {direction!r}: a time mix knows {', '.join(SCANS)}.")
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel is {kernel!r}: choose one of {', '.join(KERNELS)}.")
         if depth_seed is not None and direction != "causal":
             raise ValueError(f"depth_seed needs direction 'causal', not {direction!r}: a seed belongs to one scan.")
         ranks = ranks or lora_ranks(hidden_size)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
+
+from dlm_dist.models.rwkv7 import RANK_FIELDS
 
 _ROWS_ARE_TOKENS = ("embedding", "head")
 
@@ -14,31 +17,36 @@ _ROWS_ARE_TOKENS = ("embedding", "head")
 NEARLY_FORWARD = 4.0
 
 
-def fitting_sizes(source: str, revision: str | None, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """What `sizes` leaves open and a start from the RWKV-7 model at `source` decides; empty for other backbones.
+def fitting_sizes(given: PreTrainedConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sizes` leaves open (None) and a start from the RWKV-7 model `given` decides; empty for other backbones.
 
-    The ranks of its low-rank maps, for a model of the same width that names no rule: they then fit, whichever rule
-    made them. From causal weights a bidirectional model's gate starts nearly forward.
+    Its head size, without which the same matrices are another model, and the ranks of its low-rank maps, for a model
+    of the same width that names no rule. From causal weights a bidirectional model's gate starts nearly forward, from
+    bidirectional ones as theirs did. Raises ValueError where another head size was named.
     """
-    from dlm_dist import models
-
-    given = models.read_config(source, revision)
     if not hasattr(given, "lora_ranks"):
         return {}
     decided: dict[str, Any] = {}
-    if "low_rank_rule" not in sizes and given.hidden_size == sizes["hidden_size"]:
-        names = ("decay_low_rank_dim", "a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim")
-        decided |= {name: getattr(given, name) for name in names}
-    if (given.direction, sizes["direction"]) == ("causal", "bidirectional"):
-        decided["direction_gate_init"] = NEARLY_FORWARD
-    return {name: value for name, value in decided.items() if name not in sizes}
+    if given.hidden_size == sizes["hidden_size"]:
+        if sizes.get("head_size") not in (None, given.head_size):
+            raise ValueError(
+                f"model.head_size is {sizes['head_size']}, but the given weights have heads of {given.head_size}: "
+                "their matrices would fit and mean something else; leave the key out"
+            )
+        decided["head_size"] = given.head_size
+        if sizes.get("low_rank_rule") is None:
+            decided |= {name: getattr(given, name) for name in RANK_FIELDS}
+    if sizes["direction"] == "bidirectional":
+        decided["direction_gate_init"] = NEARLY_FORWARD if given.direction == "causal" else given.direction_gate_init
+    return {name: value for name, value in decided.items() if sizes.get(name) is None}
 
 
 @torch.no_grad()
 def initialize_from(model: Any, source: str, revision: str | None = None) -> dict[str, list[str]]:
     """Copy what fits from the model at `source` (a checkpoint, a model folder, a hub id with `revision`) into `model`.
 
-    A parameter of the same name and shape is copied ("matched"); an embedding or head with another number of
+    A parameter of the same name and shape is copied ("matched"; a backward scan that the source does not have takes
+    the weights of its forward one); an embedding or head with another number of
     rows is copied as far as both reach ("resized"); anything else keeps its fresh values ("skipped", or "unused"
     if only the source has it). Returns the names under these four keys. ValueError when nothing fits at all.
     """
@@ -50,7 +58,7 @@ def initialize_from(model: Any, source: str, revision: str | None = None) -> dic
     report: dict[str, list[str]] = {"matched": [], "resized": [], "skipped": [], "unused": []}
     own = dict(model.named_parameters())
     for name, parameter in own.items():
-        value = given.get(name)
+        value = given.get(name, given.get(name.replace(".backward_mix.", ".")))
         if value is not None and value.shape == parameter.shape:
             parameter.copy_(value)
             report["matched"].append(name)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead, SampleStream
 from data_pipeline.source import Source
-from dlm_dist.config import ConfigError, RunConfig, resolve_batch, updated
+from dlm_dist.config import ConfigError, RunConfig, resolve_batch
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
 from dlm_dist.kernels import wkv7
 from dlm_dist.training import checkpoint
@@ -33,7 +32,7 @@ from dlm_dist.training.resume import (
     topology,
 )
 from dlm_dist.training.sources import open_sources
-from dlm_dist.training.starting_model import starting_model
+from dlm_dist.training.starting_model import resolve_sizes, starting_model
 
 
 def train(config: RunConfig, device: torch.device, resume: str | None, command: Sequence[str]) -> None:
@@ -45,10 +44,11 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = resolve_batch(config.train, world)
     sources = open_sources(config)
-    config = resolve_sizes(config, sources[0])
     side = SideInputs.open(config, sources[0])
     lock, lock_notes = lock_run_dir(config.run.dir)
     resumed, notes = find_resume(config.run.dir, resume)
+    checkpoint_path = resumed.path if resumed is not None else None
+    config = resolve_sizes(config, sources[0], checkpoint_path)
     notes = [*lock_notes, *notes, *(note for source in [*sources, side.validation] if source for note in source.notes)]
     identity = run_identity(config, sources)
     if resumed is not None:
@@ -63,7 +63,6 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Small numbers of the host go over gloo, so that they never wait for the device.
     host_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
-    checkpoint_path = resumed.path if resumed is not None else None
     start = starting_model(config, plan, sources[0].mask_id, checkpoint_path, host_group)
     engine, groups = build_engine(start.model, config, plan, start.unrounded)
     progress = Progress()
@@ -126,14 +125,6 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
             lock.close()
 
 
-def resolve_sizes(config: RunConfig, source: Source) -> RunConfig:
-    """Fill in what the data decides."""
-    values: dict[str, Any] = {"data.sequence_length": source.sequence_length}
-    if config.model.vocab_size is None:
-        values["model.vocab_size"] = source.load_tokenizer().padded_vocab_size
-    return updated(config, values)
-
-
 def _total_steps(config: RunConfig, stream: SampleStream) -> int:
     """Optimizer steps of the whole run; ConfigError where train.max_epochs makes none, or fewer than the warm-up."""
     settings = config.train
@@ -170,6 +161,8 @@ def _wkv7_backend(config: RunConfig, device: torch.device) -> tuple[wkv7.Backend
         raise ConfigError([f"model.wkv7_kernel is {kernel}: {error}"]) from error
     if kernel == "pytorch":
         return wkv7.Backend("pytorch", None, str(device), wkv7.versions(), "model.wkv7_kernel is pytorch"), []
+    if device.type == "cuda" and dtype == torch.float32:
+        return wkv7.Backend("pytorch", None, str(device), wkv7.versions(), "the run is fp32, fla's kernel 16-bit"), []
     backend = wkv7.select_backend(device, head_size)
     fallback = wkv7.fallback(device, head_size)
     if fallback is not None and config.strict:

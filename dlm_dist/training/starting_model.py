@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_pipeline.source import Source
 from dlm_dist import models
-from dlm_dist.config import BatchPlan, ConfigError, RunConfig
+from dlm_dist.config import BatchPlan, ConfigError, RunConfig, updated
 from dlm_dist.models.warm_start import fitting_sizes, initialize_from
 from dlm_dist.training.zero_state import Part
 
@@ -68,6 +69,25 @@ def starting_model(
     return StartingModel(model, unrounded, report)
 
 
+def resolve_sizes(config: RunConfig, source: Source, checkpoint: Path | None = None) -> RunConfig:
+    """Fill in what the data decides, and what model.init_from does, or in its place the `checkpoint` of this run.
+
+    Raises ConfigError where the given weights cannot be what the configuration says.
+    """
+    values: dict[str, Any] = {"data.sequence_length": source.sequence_length}
+    settings = config.model
+    if settings.vocab_size is None:
+        values["model.vocab_size"] = source.load_tokenizer().padded_vocab_size
+    if settings.init_from is not None:
+        origin, revision = (settings.init_from, settings.init_revision) if checkpoint is None else (checkpoint, None)
+        try:
+            decided = fitting_sizes(models.read_config(origin, revision), settings.model_dump())
+        except ValueError as error:
+            raise ConfigError([str(error)], "cannot make the model") from error
+        values |= {f"model.{name}": value for name, value in decided.items()}
+    return updated(config, values)
+
+
 def whole_parts(model: Any) -> dict[str, Part]:
     """All of each parameter of a whole fp32 model.
 
@@ -80,17 +100,13 @@ def _described(config: RunConfig, mask_token_id: int, checkpoint: Path | None) -
     """The sizes of the model as its class takes them."""
     if checkpoint is not None:
         return models.read_config(checkpoint)
-    settings = config.model
-    sizes = settings.sizes()
-    if settings.init_from is not None:
-        sizes |= fitting_sizes(settings.init_from, settings.init_revision, sizes)
-    return models.configuration(settings.backbone, mask_token_id=mask_token_id, **sizes)
+    return models.configuration(config.model.backbone, mask_token_id=mask_token_id, **config.model.sizes())
 
 
 def initial_model(config: RunConfig, mask_token_id: int) -> tuple[Any, dict[str, list[str]] | None]:
     """The fp32 model on the CPU that a run of this configuration starts from, and the report of model.init_from.
 
-    `config` knows model.vocab_size. Raises ValueError where the model cannot be made.
+    `config` went through `resolve_sizes`. Raises ValueError where the model cannot be made.
     """
     return _whole(config, _described(config, mask_token_id, None), None)
 

@@ -273,6 +273,16 @@ def test_a_folder_with_held_out_files_asks_for_a_pattern(tmp_path: Path) -> None
     assert open_source(tmp_path, 8, BYTES).num_rows == 4
 
 
+def test_a_folder_leaves_no_damaged_file_out(tmp_path: Path) -> None:
+    for i in range(3):
+        write_llmc(tmp_path / f"train_{i}.bin", words(40))
+    assert open_source(tmp_path, 8, BYTES).num_rows == 12
+    (tmp_path / "train_1.bin").write_bytes(b"")
+    refused(tmp_path, r"holds files of llm\.c and train_1\.bin, which is none or is damaged")
+    (tmp_path / "train_1.bin").write_bytes(bytes(4096))
+    refused(tmp_path, r"train_1\.bin, which is none or is damaged")
+
+
 @pytest.mark.parametrize(
     ("bad", "what"), [(258, "the tokenizer does not have"), (257, "hides tokens and is in no text")]
 )

@@ -194,6 +194,14 @@ def test_the_self_test_passes_a_right_kernel_and_finds_a_wrong_gradient() -> Non
     assert max(right.values()) < backends.SELF_TEST_TOLERANCE / 3
     found = backends.self_test_errors(cpu, wrong)
     assert [name for name in NAMES if found[name] > backends.SELF_TEST_TOLERANCE] == ["d_b"]
+
+    def overflows(r, log_w, k, v, a, b, initial_state, cu_seqlens):
+        """Right unless 64 tokens decay by more than e^-36: what a chunk's exponents may not reach."""
+        out, state = wkv7_chunked(r, log_w, k, v, a, b, initial_state, cu_seqlens)
+        steep = log_w[:, :64].sum(1).amin() < -36
+        return torch.where(steep, out * float("nan"), out), state
+
+    assert backends.self_test_errors(cpu, overflows)["out"] == float("inf")
     broken = backends.self_test_errors(cpu, lambda *x: tuple(t * float("nan") for t in wkv7_chunked(*x)))
     assert broken["out"] == float("inf")
 

@@ -475,7 +475,7 @@ def test_the_time_mix_stands_alone() -> None:
 def test_a_reverse_mix_is_a_causal_one_on_reversed_documents() -> None:
     forward = TimeMix(C, N, layer=1, num_layers=2, seed=3)
     backward = TimeMix(C, N, layer=1, num_layers=2, seed=3, direction="reverse")
-    both = TimeMix(C, N, layer=1, num_layers=2, seed=3, direction="bidirectional", gate_init=-1.0)
+    both = TimeMix(C, N, layer=1, num_layers=2, seed=3, direction="bidirectional", tied=True, gate_init=-1.0)
     for mix in (forward, backward, both):
         torch.nn.init.eye_(mix.output.weight)
     x, v_first = torch.randn(2, 1, 10, C, generator=torch.Generator().manual_seed(3))
@@ -525,6 +525,12 @@ def test_the_kernel_is_chosen_by_name() -> None:
         model.set_kernel("fla")
         with pytest.raises(ValueError, match="fla cannot run here: it needs a CUDA device"):
             model(ids)
+    with pytest.raises(ValueError, match="choose one of auto, fla, pytorch"):
+        model.set_kernel("pytroch")
+    with pytest.raises(ValueError, match="choose one of auto, fla, pytorch"):
+        TimeMix(C, N, kernel="triton")
+    with pytest.raises(ValueError, match=r"document_ids are \[3, 2\], but input_ids \[2, 3\]"):
+        model(torch.zeros(2, 3, dtype=torch.long), document_ids=torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -535,6 +541,8 @@ def test_the_kernel_is_chosen_by_name() -> None:
         ({"direction": "dw_jrt", "dw_jrt_variant": "inject", "dw_jrt_gate": True}, "always has a gate"),
         ({"low_rank_rule": "old"}, "current, released"),
         ({"head_size": 48}, "multiple of head_size"),
+        ({"head_size": 0}, "multiple of head_size"),
+        ({"v_low_rank_dim": 0}, "v_low_rank_dim is 0: expected at least 1"),
         ({"mask_token_id": V}, "outside the vocabulary"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
     ],
