@@ -18,10 +18,11 @@ from transformers import initialization as hf_init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dlm_dist.kernels.wkv7 import KERNELS
+from dlm_dist.models.documents import Documents
 from dlm_dist.models.loss_head import LossHead
 from dlm_dist.models.outputs import DenoiserOutput
 from dlm_dist.models.rwkv7_init import InitSizes, initial_value, initialize_
-from dlm_dist.models.rwkv7_layers import ChannelMix, DepthSeed, Documents, LoraRanks, ScanState, TimeMix, lora_ranks
+from dlm_dist.models.rwkv7_layers import ChannelMix, DepthSeed, LoraRanks, ScanState, TimeMix, lora_ranks
 
 __all__ = [
     "DIRECTIONS",
@@ -206,6 +207,8 @@ class RWKV7ForDiffusion(PreTrainedModel):
         input_ids: Tensor,
         *,
         document_ids: Tensor | None = None,
+        block_ids: Tensor | None = None,
+        clean_ids: Tensor | None = None,
         supervised: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
@@ -217,13 +220,15 @@ class RWKV7ForDiffusion(PreTrainedModel):
         """Logits of every position, or the loss of the supervised ones.
 
         `input_ids` [B, T]. `document_ids` [B, T]: a document is a run of equal ids and sees itself only; nobody sees
-        -1; None means that each row is one document.
+        -1; None means that each row is one document. `block_ids` [B, T]: runs of equal ids inside a document; a token
+        sees no later block. `clean_ids` [B, T], with `block_ids`: a token sees its own block of `input_ids` and the
+        earlier blocks of `clean_ids` (block diffusion). Direction "dw_jrt" takes no blocks: a seed has seen them all.
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
         the unweighted losses [M] fp32. `l2wrap`, `label_smoothing`, `confidence_weight`: see `LossHead.forward`.
         """
-        x = self.body(input_ids, document_ids)
+        x = self.body(input_ids, document_ids, block_ids, clean_ids)
         if supervised is None:
             return DenoiserOutput(logits=self.head(self.ln_out(x)))
         if targets is None or weights is None:
@@ -232,19 +237,41 @@ class RWKV7ForDiffusion(PreTrainedModel):
         rows = self.ln_out(x.flatten(0, 1).index_select(0, supervised))
         return self.head(rows, targets, weights, per_row, l2wrap, label_smoothing, confidence_weight)
 
-    def body(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """The residual stream after the last block [B, T, C], before the final norm."""
-        if document_ids is not None and document_ids.shape != input_ids.shape:
-            raise ValueError(f"document_ids are {list(document_ids.shape)}, but input_ids {list(input_ids.shape)}.")
-        x = self.emb(input_ids)
-        documents = None if document_ids is None else Documents.from_ids(document_ids)
+    def body(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        block_ids: Tensor | None = None,
+        clean_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The residual stream of `input_ids` after the last block [B, T, C], before the final norm."""
+        documents = self._documents(input_ids, document_ids, block_ids, clean_ids)
+        x = self.emb(input_ids if clean_ids is None else torch.cat([input_ids, clean_ids]))
         if documents is not None:
             x = x.flatten(0, 1).unsqueeze(0)
         v_first = below = None
         for block in self.blocks:
             x, v_first, state = block(x, v_first, documents, below)
             below = state.att.wkv if self.direction == "dw_jrt" else None
+        if clean_ids is not None:
+            x = x[:, : input_ids.numel()]
         return x.view(*input_ids.shape, -1)
+
+    def _documents(
+        self, input_ids: Tensor, document_ids: Tensor | None, block_ids: Tensor | None, clean_ids: Tensor | None
+    ) -> Documents | None:
+        """What the layers must know of documents and blocks; None for whole rows. ValueError for what cannot be."""
+        for name, ids in (("document_ids", document_ids), ("block_ids", block_ids), ("clean_ids", clean_ids)):
+            if ids is not None and ids.shape != input_ids.shape:
+                raise ValueError(f"{name} are {list(ids.shape)}, but input_ids {list(input_ids.shape)}.")
+        if block_ids is None:
+            if clean_ids is not None:
+                raise ValueError("clean_ids [B, T] need block_ids [B, T] beside them.")
+            return None if document_ids is None else Documents.from_ids(document_ids)
+        if self.direction == "dw_jrt":
+            raise ValueError("direction dw_jrt takes no block_ids: its seeds have seen the later blocks.")
+        documents = torch.zeros_like(block_ids) if document_ids is None else document_ids
+        return Documents.with_blocks(documents, block_ids, clean_follows=clean_ids is not None)
 
     def incremental(
         self, input_ids: Tensor, state: Sequence[LayerState] | None = None

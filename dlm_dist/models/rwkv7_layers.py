@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from dlm_dist.kernels.rwkv7_elementwise import corrected_output, mixes, scaled_key, shift_difference, wide
 from dlm_dist.kernels.wkv7 import KERNELS, LOG_DECAY_BOUND, fused_steps, wkv7
+from dlm_dist.models.documents import Documents, chain_blocks, reverse
 from dlm_dist.models.rwkv7_init import InitSizes, initial_value
 
 SCANS = ("causal", "reverse", "bidirectional")
@@ -50,68 +50,6 @@ def lora_ranks(hidden_size: int, rule: str = "current") -> LoraRanks:
     if rule not in raw:
         raise ValueError(f"the rank rule {rule!r} does not exist: choose one of {', '.join(raw)}.")
     return LoraRanks(*(max(32, 32 * round(rank / 32)) for rank in raw[rule]))
-
-
-@dataclass(frozen=True, eq=False)
-class Documents:
-    """The documents of one packed row of T tokens."""
-
-    bounds: Tensor
-    """[D + 1] int64, where each starts and the last ends: cu_seqlens."""
-    lengths: tuple[int, ...]
-    """Tokens of each, on the host."""
-    first: Tensor
-    """[1, T, 1] bool, True at the first token of each."""
-
-    @staticmethod
-    def from_ids(document_ids: Tensor) -> Documents:
-        """From ids [B, T], the rows laid end to end. A new id begins a document, and so does a new row.
-
-        Positions with id -1 (a truncated tail) form spans of their own, so nothing else can see them. Waits for the
-        device once, since the number of documents decides a shape.
-        """
-        first = torch.ones_like(document_ids, dtype=torch.bool)
-        first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        first = first.flatten()
-        starts = first.nonzero().squeeze(1)
-        bounds = torch.cat([starts, starts.new_tensor([first.numel()])])
-        return Documents(bounds, tuple(bounds.diff().tolist()), first.view(1, -1, 1))
-
-    @cached_property
-    def last(self) -> Tensor:
-        """[1, T, 1] bool, True at the last token of each."""
-        return self.first.roll(-1, 1)
-
-    @cached_property
-    def reversal(self) -> Tensor:
-        """[T] int64, the position that each position swaps with when every document is reversed in its own span."""
-        document = self.first.flatten().cumsum(0) - 1
-        mirrored = self.bounds[document] + self.bounds[document + 1] - 1
-        return mirrored - torch.arange(len(mirrored), device=mirrored.device)
-
-    @cached_property
-    def twice(self) -> Documents:
-        """The documents of the row followed by its copy."""
-        bounds = torch.cat([self.bounds, self.bounds[1:] + self.first.shape[1]])
-        return Documents(bounds, self.lengths * 2, self.first.repeat(1, 2, 1))
-
-
-class _Permute(torch.autograd.Function):
-    """x[:, index] for an index that is its own inverse; the gradient is a gather too, hence deterministic."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(index)
-        return x.index_select(1, index)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return grad.index_select(1, ctx.saved_tensors[0]), None
-
-
-def reverse(x: Tensor, documents: Documents | None) -> Tensor:
-    """x [B, T, C] with the order of tokens reversed inside each document (each row, without documents)."""
-    return x.flip(1) if documents is None else _Permute.apply(x, documents.reversal)
 
 
 class HeadNorm(nn.GroupNorm):
@@ -263,9 +201,10 @@ class TimeMix(nn.Module):
     ) -> MixOutput:
         """x [B, T, C] through the mix. `v_first` is None in layer 0 and only there.
 
-        documents: x is then one packed row (B = 1) and every document is on its own. below: the final WKV states of
-        the layer below, for a layer with a depth seed. resume: where the scan of the tokens before x ended (causal,
-        without documents).
+        documents: x is then one packed row (B = 1) and every document is on its own; with blocks a token sees no later
+        one, and where the clean tokens follow, the noisy ones see those of the blocks before their own. below: the
+        final WKV states of the layer below, for a layer with a depth seed. resume: where the scan of the tokens before
+        x ended (causal, without documents).
         """
         if (v_first is None) != (self.layer == 0):
             raise ValueError(f"v_first comes from layer 0 and goes to all others; this is layer {self.layer}.")
@@ -280,7 +219,7 @@ class TimeMix(nn.Module):
         if self.direction == "bidirectional":
             return self._both_ways(x, v_first, documents)
         flipped = None if v_first is None else reverse(v_first, documents)
-        mixed = self._scan(reverse(x, documents), flipped, documents)
+        mixed = self._scan(reverse(x, documents), flipped, None if documents is None else documents.backward)
         v_first = reverse(mixed.v_first, documents) if v_first is None else v_first
         return MixOutput(reverse(mixed.out, documents), v_first, None)
 
@@ -288,14 +227,16 @@ class TimeMix(nn.Module):
         """Both scans and their gated sum; v_first holds both directions, the backward one in reversed order."""
         side = 0 if documents is None else 1
         backwards = reverse(x, documents)
-        if self.tied:
-            twice = None if documents is None else documents.twice
-            out, v_first, _ = self._scan(torch.cat([x, backwards], side), v_first, twice)
+        if self.tied and not (documents is not None and documents.clean_follows):
+            both = None if documents is None else documents.both_ways
+            out, v_first, _ = self._scan(torch.cat([x, backwards], side), v_first, both)
             forward, backward = out.chunk(2, side)
         else:
             firsts = (None, None) if v_first is None else v_first.chunk(2, side)
             forward, forward_first, _ = self._scan(x, firsts[0], documents)
-            backward, backward_first, _ = self.backward_mix(backwards, firsts[1], documents)
+            backward_mix = self if self.tied else self.backward_mix
+            spans = None if documents is None else documents.backward
+            backward, backward_first, _ = backward_mix._scan(backwards, firsts[1], spans)
             v_first = torch.cat([forward_first, backward_first], side) if v_first is None else v_first
         alpha = torch.sigmoid(self.direction_gate(x))
         return MixOutput(torch.lerp(reverse(backward, documents), forward, alpha), v_first, None)
@@ -310,9 +251,7 @@ class TimeMix(nn.Module):
     ) -> MixOutput:
         """One direction, from left to right."""
         fused = fused_steps(x, self.head_size, self.kernel)
-        first, bounds = (None, None) if documents is None else (documents.first, documents.bounds)
-        previous = None if resume is None else resume.previous
-        difference = shift_difference(x, first, previous, bounds, fused="token_shift" in fused)
+        difference = _shift(x, documents, None if resume is None else resume.previous, "token_shift" in fused)
         shifts = [self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]
         mixed_r, mixed_w, mixed_k, mixed_v, mixed_a, mixed_g = mixes(x, difference, shifts, fused="mixes" in fused)
         r, k = self.receptance(mixed_r), self.key(mixed_k)
@@ -339,6 +278,8 @@ class TimeMix(nn.Module):
         start: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """WKV-7 over [B, T, H, N] operands from `start`, or from the seed that `below` gives: out, final states."""
+        if documents is not None and documents.clean_follows:
+            return self._block_recurrence(operands, documents)
         bounds = None if documents is None else documents.bounds
         if below is None:
             return wkv7(*operands, start, bounds, self.kernel)
@@ -357,6 +298,27 @@ class TimeMix(nn.Module):
         out, states = wkv7(r2, log_w2, *sources, a2, b2, starts, bounds, self.kernel)
         out = sum(out.chunk(2, 2), read(r, target, documents).to(v.dtype))
         return out, sum(states.chunk(2, 1), target)
+
+    def _block_recurrence(
+        self, operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], documents: Documents
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams, every block from the state that the clean blocks before it leave.
+
+        A block makes P S + Q of the state S before it. One scan over the clean blocks from zero gives Q, one without
+        values from the identity P; the chain of all states follows, and each block of either stream starts from its
+        own. This asks nothing of the kernel but initial and final states, and holds two states of N x N per head and
+        block: 8 N C / (block length) bytes per clean token, layer and direction that scans forward.
+        """
+        blocks = documents.blocks
+        assert blocks is not None
+        half = documents.first.shape[1]
+        r, log_w, k, v, a, b = (x[:, half:] for x in operands)
+        _, added = wkv7(r, log_w, k, v, a, b, None, blocks.bounds, self.kernel)
+        identity = torch.eye(self.head_size, dtype=added.dtype, device=added.device).expand_as(added)
+        _, transfer = wkv7(r, log_w, k, torch.zeros_like(v), a, b, identity, blocks.bounds, self.kernel)
+        starts = chain_blocks(transfer, added, documents)
+        both = blocks.followed_by(blocks)
+        return wkv7(*operands, torch.cat([starts, starts]), both.bounds, self.kernel)
 
     def _gate(self) -> Tensor:
         """g [H, 1, 1], fp32."""
@@ -378,6 +340,19 @@ class TimeMix(nn.Module):
             v = v + 0.0 * unused
             return v, v
         return torch.lerp(v, v_first, torch.sigmoid(self.v0 + (mixed @ self.v1) @ self.v2)), v_first
+
+
+def _shift(x: Tensor, documents: Documents | None, previous: Tensor | None, fused: bool = False) -> Tensor:
+    """The previous token minus the current one. Where clean tokens follow, a noisy block follows on the clean ones."""
+    if documents is None:
+        return shift_difference(x, previous=previous, fused=fused)
+    if not documents.clean_follows:
+        return shift_difference(x, documents.first, None, documents.bounds, fused)
+    assert documents.blocks is not None
+    noisy, clean = x.chunk(2, 1)
+    difference = shift_difference(clean, documents.first, None, documents.bounds, fused)
+    inside = shift_difference(noisy, documents.blocks.first, None, documents.blocks.bounds, fused)
+    return torch.cat([torch.where(documents.blocks.first, difference + clean - noisy, inside), difference], 1)
 
 
 def read(queries: Tensor, states: Tensor, documents: Documents | None) -> Tensor:
@@ -405,8 +380,8 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, documents: Documents | None = None, previous: Tensor | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C]. `previous` [B, C] precedes the rows, where an earlier call was given it."""
         if self.backwards:
-            first = None if documents is None else documents.last.flip(1)
+            first = None if documents is None else documents.backward.last.flip(1)
             difference = shift_difference(x.flip(1), first).flip(1)
         else:
-            difference = shift_difference(x, None if documents is None else documents.first, previous)
+            difference = _shift(x, documents, previous)
         return self.value(F.relu(self.key(torch.addcmul(x, difference, self.x_k))).square())

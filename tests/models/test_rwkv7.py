@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlm_dist.models.documents import Documents
 from dlm_dist.models.rwkv7 import (
     LoraRanks,
     RWKV7Config,
@@ -16,7 +17,7 @@ from dlm_dist.models.rwkv7 import (
     TimeMix,
     lora_ranks,
 )
-from dlm_dist.models.rwkv7_layers import DepthSeed, Documents
+from dlm_dist.models.rwkv7_layers import DepthSeed
 
 V, C, N, L = 61, 64, 16, 3
 KINDS = {
@@ -197,6 +198,66 @@ def test_causal_logits_ignore_the_future_and_those_of_other_directions_see_it() 
         assert not same[20:].any()
         if kind != "causal":
             assert not same[:20].any()
+
+
+WITH_BLOCKS = [kind for kind in KINDS if KINDS[kind]["direction"] != "dw_jrt"]
+# Blocks of any length, in a row that is one document and in one of two with a cut tail.
+BLOCKS = torch.tensor([[0] * 3 + [1] * 2 + [2] + [3] * 6, [0] + [1] * 4 + [2] * 3 + [3] + [4] * 3])
+DOCUMENTS = torch.tensor([[0] * 12, [0] * 5 + [1] * 4 + [-1] * 3])
+SPANS = [(0, 0, 12), (1, 0, 5), (1, 5, 9), (1, 9, 12)]
+
+
+@pytest.mark.parametrize("kind", WITH_BLOCKS)
+def test_a_token_sees_no_later_block(kind: str) -> None:
+    model, ids = make(kind), tokens(2, 12)
+    with torch.no_grad():
+        before = model(ids, document_ids=DOCUMENTS, block_ids=BLOCKS).logits
+        for row, start, end in SPANS:
+            for place in range(start, end):
+                changed = ids.clone()
+                changed[row, place] = (changed[row, place] + 1) % V
+                moved = (model(changed, document_ids=DOCUMENTS, block_ids=BLOCKS).logits != before).any(-1)
+                seen = torch.zeros_like(moved)
+                seen[row, start:end] = BLOCKS[row, start:end] >= BLOCKS[row, place]
+                if kind == "causal":
+                    seen[row, :place] = False
+                assert torch.equal(moved, seen), (row, place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", WITH_BLOCKS)
+def test_a_noisy_block_goes_on_from_the_clean_blocks_before_it(kind: str, dtype: torch.dtype) -> None:
+    """Logits and gradients of each block beside a clean stream are those behind its clean prefix alone."""
+    model, clean = make(kind).to(dtype), tokens(2, 12)
+    noisy = torch.where(torch.rand(2, 12, generator=torch.Generator().manual_seed(5)) < 0.5, V - 1, clean)
+    seeds = torch.randn(2, 12, V, generator=torch.Generator().manual_seed(6)).to(dtype)
+    got = model(noisy, document_ids=DOCUMENTS, block_ids=BLOCKS, clean_ids=clean).logits
+    want = torch.empty_like(got)
+    for row, start, end in SPANS:
+        for block in BLOCKS[row, start:end].unique():
+            inside = [i for i in range(start, end) if BLOCKS[row, i] == block]
+            first, last = inside[0], inside[-1] + 1
+            ids = torch.cat([clean[row, start:first], noisy[row, first:last]])[None]
+            alone = model(ids, block_ids=BLOCKS[row, start:last][None]).logits[0]
+            want[row, first:last] = alone[first - start :]
+    scale = want.detach().abs().max()
+    bound = 1e-11 if dtype == torch.float64 else 2e-5
+    assert (got - want).detach().abs().max() / scale < bound
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(got, list(parameters.values()), seeds)
+    wanted = torch.autograd.grad(want, list(parameters.values()), seeds)
+    for name, grad, other in zip(parameters, grads, wanted, strict=True):
+        assert (grad - other).norm() <= 20 * bound * other.norm() + 1e-6 * bound, name
+
+
+def test_blocks_that_cannot_be_are_refused() -> None:
+    ids = tokens(2, 12)
+    with pytest.raises(ValueError, match="need block_ids"):
+        make()(ids, clean_ids=ids)
+    with pytest.raises(ValueError, match="dw_jrt takes no block_ids"):
+        make("seed")(ids, block_ids=BLOCKS)
+    with pytest.raises(ValueError, match=r"block_ids are \[2, 11\], but input_ids \[2, 12\]"):
+        make()(ids, block_ids=BLOCKS[:, :11])
 
 
 @pytest.mark.parametrize("kind", KINDS)
