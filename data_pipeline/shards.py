@@ -196,8 +196,8 @@ class ShardedSource(Source):
         """Rows `indices` [n] -> tokens [n, T], document ids [n, T], text bytes [n], ids before the rows [n].
 
         Raises CorruptShardError naming shard, row and offset where bytes are not those that were written,
-        DataError for a row that does not exist. A row's checksum covers its own tokens only: damage to the token
-        before it is found when the row of that token is read.
+        DataError for a row that does not exist or holds the mask id. A row's checksum covers its own tokens only:
+        damage to the token before it is found when the row of that token is read.
         """
         wanted = self._existing(indices)
         stored = np.empty((len(wanted), self.sequence_length), dtype=self.dtype)
@@ -207,6 +207,12 @@ class ShardedSource(Source):
         for i, (number, local_row) in enumerate(zip(shard_numbers.tolist(), local_rows.tolist(), strict=True)):
             text_bytes[i] = self._shards[number].read_into(stored[i], local_row)
         tokens = stored.astype(np.int64)
+        if (tokens == self.mask_id).any():
+            row = int(wanted[(tokens == self.mask_id).any(axis=1)][0])
+            raise DataError(
+                f"{self.path}: row {row} holds the id {self.mask_id}, which {self.tokenizer_description['name']} has "
+                "for the mask and no text may have; build the data set again"
+            )
         before = np.array([self._last_token(row - 1) for row in wanted.tolist()], dtype=np.int64)
         return SourceRows(tokens, document_ids(tokens, self.eos_id), text_bytes, before)
 

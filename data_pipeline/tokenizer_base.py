@@ -33,7 +33,7 @@ class Tokenizer(ABC):
 
     kind: the backend, a key of `tokenizers.KINDS`. name: what a person calls the vocabulary.
     vocab_size: one more than the largest id that may be produced or is reserved.
-    eos_text: how the vocabulary spells its end-of-text token, None where it has no spelling.
+    eos_text, mask_text: how the vocabulary spells its end-of-text and its mask token, None where it does not.
     exact_bytes: whether every id stands for a fixed number of bytes of text.
     """
 
@@ -43,7 +43,20 @@ class Tokenizer(ABC):
     eos_id: int
     mask_id: int
     eos_text: str | None = None
+    mask_text: str | None = None
     exact_bytes: bool = True
+
+    def use_mask_id(self, mask_id: int) -> None:
+        """Take another id for the mask. Raises DataError where it stands for text or for the end of it."""
+        if mask_id == self.mask_id:
+            return
+        inside = 0 <= mask_id < self.vocab_size
+        if mask_id < 0 or mask_id == self.eos_id or (inside and self._bytes_by_id[mask_id] is not None):
+            raise DataError(f"the id {mask_id} cannot be the mask of {self.name}: it is negative or stands for text")
+        self.mask_id = mask_id
+        self.vocab_size = max(self.vocab_size, mask_id + 1)
+        for kept in ("_bytes_by_id", "_token_bytes", "fingerprint"):
+            self.__dict__.pop(kept, None)
 
     @property
     def pad_id(self) -> int:
@@ -161,6 +174,7 @@ class Tokenizer(ABC):
         folder = Path(folder)
         description = read_json(folder / DESCRIPTION_FILE)
         tokenizer = backend(description["kind"])._load_saved(folder, description)
+        tokenizer.use_mask_id(description["mask_id"])
         if tokenizer.fingerprint != description["fingerprint"]:
             raise DataError(
                 f"the tokenizer in {folder} is not the one that was saved there: its files give the "

@@ -13,15 +13,17 @@ import sys
 from collections.abc import Callable, Sequence
 
 from launcher.checkpoint_commands import add_checkpoint_commands
+from launcher.convert_command import add_convert_command
 from launcher.data_commands import add_data_commands
 from launcher.evaluate_command import add_evaluate_command
 from launcher.generate_command import add_generate_command
 from launcher.info_commands import add_info_commands
-from launcher.model_commands import add_model_commands
+from launcher.init_command import add_init_command
 
 _GROUPS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     add_data_commands,
-    add_model_commands,
+    add_init_command,
+    add_convert_command,
     add_generate_command,
     add_evaluate_command,
     add_checkpoint_commands,

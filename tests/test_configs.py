@@ -22,6 +22,14 @@ PUBLISHED = {
     "rwkv7-7.2b": 7.2e9,
     "rwkv7-13.3b": 13.3e9,
 }
+# hidden size, layers, query heads, key and value heads, width of the MLP, tied (Qwen3 technical report, arXiv
+# 2505.09388); 128 channels per head and 151,936 embedding rows in all of them.
+QWEN3 = {
+    "qwen3-0.6b": (1024, 28, 16, 8, 3072, True),
+    "qwen3-1.7b": (2048, 28, 16, 8, 6144, True),
+    "qwen3-4b": (2560, 36, 32, 8, 9728, True),
+    "qwen3-8b": (4096, 36, 32, 8, 12288, False),
+}
 
 
 def causal_size(config: RunConfig) -> int:
@@ -42,6 +50,27 @@ def test_a_shipped_configuration_loads(path: Path) -> None:
 def test_a_published_size_has_its_parameters(name: str) -> None:
     size = causal_size(load_config(CONFIGS / f"{name}.yaml"))
     assert size == pytest.approx(PUBLISHED[name], rel=1e-9 if isinstance(PUBLISHED[name], int) else 0.01)
+
+
+@pytest.mark.parametrize("name", QWEN3)
+def test_qwen3_has_its_published_dimensions(name: str) -> None:
+    width, layers, heads, key_heads, mlp, tied = QWEN3[name]
+    config = load_config(CONFIGS / f"{name}.yaml")
+    with torch.device("meta"):
+        model = models.skeleton(models.configuration("qwen3", **config.model.sizes(), mask_token_id=151_669))
+    norms = 2 * width + 2 * 128
+    layer = 2 * width * (heads + key_heads) * 128 + 3 * width * mlp + norms
+    expected = layers * layer + width + 151_936 * width * (1 if tied else 2)
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    if name == "qwen3-0.6b":
+        assert expected == 596_049_920
+    built = model.config
+    assert (built.rms_norm_eps, built.rope_parameters["rope_theta"], built.head_dim) == (1e-6, 1e6, 128)
+    assert (built.num_attention_heads, built.num_key_value_heads, built.vocab_size) == (heads, key_heads, 151_936)
+    assert (config.objective.name, model.direction) == ("mdlm", "bidirectional")
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert f"dlm convert --from qwen3 Qwen3-{name[6:].upper()} models/{name}" in text
+    assert f"model.init_from=models/{name}" in text
 
 
 def test_the_minipile_recipe_is_his() -> None:

@@ -44,14 +44,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_text = next((text for text in _EOS_SPELLINGS if text in vocabulary), None)
         if self.eos_text is None:
             raise DataError(f"the vocabulary of {name} has no end-of-text token ({' or '.join(_EOS_SPELLINGS)})")
-        mask_text = next((text for text in _MASK_SPELLINGS if text in vocabulary), None)
+        self.mask_text = next((text for text in _MASK_SPELLINGS if text in vocabulary), None)
         behind = max(vocabulary.values()) + 1
         self.name = name
         self.eos_id = vocabulary[self.eos_text]
         # A Qwen file may list only some of the special tokens that its checkpoints use.
         family = FAMILIES.get(self._tokenizer.get_vocab_size(with_added_tokens=False))
         first_free = behind if family is None else max(behind, family.mask_id)
-        self.mask_id = first_free if mask_text is None else vocabulary[mask_text]
+        self.mask_id = first_free if self.mask_text is None else vocabulary[self.mask_text]
         self.vocab_size = max(behind, self.mask_id + 1, 0 if family is None else family.vocab_size)
         self.exact_bytes = _is_byte_level(self._definition)
 

@@ -132,8 +132,11 @@ def _classes(folder: Path) -> tuple[type[PreTrainedConfig], type[PreTrainedModel
     by_type = {classes[0].model_type: classes for classes in BACKBONES.values()}
     if model_type not in by_type:
         what = f"{folder / 'config.json'} says model_type {model_type!r}, which is none of ours"
-        if model_type == "rwkv7":
-            raise ValueError(f"{what}: convert it with `dlm convert --from fla {folder} DIR` and name DIR instead.")
+        layout = {"rwkv7": "fla", "qwen3": "qwen3"}.get(str(model_type))
+        if layout is not None:
+            raise ValueError(
+                f"{what}: convert it with `dlm convert --from {layout} {folder} DIR` and name DIR instead."
+            )
         raise ValueError(f"{what} ({', '.join(sorted(by_type))}): such a model cannot be loaded.")
     return by_type[model_type]
 

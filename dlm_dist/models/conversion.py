@@ -1,7 +1,8 @@
-"""RWKV-7 weights on their way between this project's folders and the layouts of others.
+"""Weights on their way between this project's folders and the layouts of others.
 
-Between reading and writing stands `Weights`: every tensor as it was stored, under BlinkDL's names (which are ours),
-with the sizes that belong to it. `conversion_blinkdl` and `conversion_fla` know the two foreign layouts.
+Between reading and writing stands `Weights`: every tensor as it was stored, under our names (BlinkDL's for RWKV-7,
+transformers' for Qwen3), with the sizes that belong to it. `conversion_blinkdl`, `conversion_fla` and
+`conversion_qwen3` know one foreign layout each.
 """
 
 from __future__ import annotations
@@ -13,33 +14,36 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedConfig
 
-from dlm_dist.models import model_folder, read_model_type
-from dlm_dist.models.rwkv7 import RWKV7Config, RWKV7ForDiffusion
+from dlm_dist.models import BACKBONES, model_folder, read_config, skeleton
+from dlm_dist.models.rwkv7 import RWKV7Config
 from dlm_dist.models.rwkv7_init import InitSizes, initial_value
 
 MAX_FILE_SIZE = "5GB"
+TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
 _UNUSED = tuple(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The tensors of a causal RWKV-7 under BlinkDL's names, on the CPU, and its configuration.
+class Weights(Generic[ConfigT]):
+    """The tensors of a model under our names, on the CPU, and its configuration.
 
     `notes` are sentences for the user about what was not in the source.
     """
 
-    config: RWKV7Config
+    config: ConfigT
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
 
-    def cast(self, dtype: torch.dtype) -> Weights:
+    def cast(self, dtype: torch.dtype) -> Weights[ConfigT]:
         """The same weights in `dtype`."""
         return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
 
@@ -53,10 +57,10 @@ class Weights:
         return widest
 
 
-def expected_shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a model of this configuration, in the order of its state dict."""
-    with torch.device("meta"), no_init_weights():
-        model = RWKV7ForDiffusion(config)
+    with torch.device("meta"):
+        model = skeleton(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -75,7 +79,7 @@ def check_tensors(tensors: Mapping[str, object], expected: Mapping[str, tuple[in
     for name, tensor in tensors.items():
         if name not in expected:
             what = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{origin}: the tensor {name} ({what}) is none of RWKV-7's.")
+            raise ValueError(f"{origin}: the tensor {name} ({what}) is none of this model's.")
 
 
 def fill_unused(config: RWKV7Config, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -92,42 +96,64 @@ def fill_unused(config: RWKV7Config, tensors: Mapping[str, Tensor]) -> tuple[dic
     return {**tensors, **fresh}, (f"{', '.join(absent)} are absent and got initial values (layer 0 does not use them)",)
 
 
-def read_folder(path: Path) -> Weights:
+def read_folder(path: Path) -> Weights[Any]:
     """The weights of one of our checkpoints or model folders.
 
-    Raises ValueError where it is no RWKV-7 model of direction causal, or its weights do not fit its configuration.
+    Raises ValueError where there is none, or its weights do not fit its configuration.
     """
     folder = model_folder(path)
-    model_type = read_model_type(folder)
-    if model_type != RWKV7Config.model_type:
-        raise ValueError(f"{folder} holds a model of type {model_type!r}: only RWKV-7 is converted.")
-    config = RWKV7Config.from_pretrained(folder)
+    config = read_config(folder)
+    return Weights(config, fitting_tensors(config, read_safetensors(folder), folder))
+
+
+def require_causal_rwkv7(config: PreTrainedConfig) -> None:
+    """Raise ValueError for a model that other programs' RWKV-7 layouts cannot hold."""
+    if not isinstance(config, RWKV7Config):
+        raise ValueError(f"this is a model of type {config.model_type!r}, and the layout is one of RWKV-7.")
     if config.direction != "causal":
         raise ValueError(
-            f"{path} has direction {config.direction}: other programs know one scan from left to right, so only "
+            f"this model has direction {config.direction}: other programs know one scan from left to right, so only "
             "causal models can be exported."
         )
-    tensors = read_safetensors(folder)
+
+
+def fitting_tensors(config: PreTrainedConfig, tensors: Mapping[str, Tensor], origin: str | Path) -> dict[str, Tensor]:
+    """The tensors in the order of the model's state dict. Raises ValueError where they do not fit `config`.
+
+    A head that is tied to the embedding may be stored beside it or left out; stored, it has to be equal to it.
+    """
     expected = expected_shapes(config)
-    check_tensors(tensors, expected, folder)
-    return Weights(config, {name: tensors[name] for name in expected})
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    if tied and TIED_HEAD not in tensors:
+        del expected[TIED_HEAD]
+    check_tensors(tensors, expected, origin)
+    if tied and TIED_HEAD in tensors and not torch.equal(tensors[TIED_HEAD], tensors[TIED_EMBEDDING]):
+        raise ValueError(
+            f"{origin}: tie_word_embeddings is true, but {TIED_HEAD} differs from {TIED_EMBEDDING}: set it to false "
+            "in config.json if they are two tensors, or remove the one that is not meant."
+        )
+    return {name: tensors[name] for name in expected}
 
 
 def write_folder(
-    weights: Weights, destination: Path, mask_token_id: int, save_tokenizer: Callable[[Path], None] | None = None
+    weights: Weights[Any],
+    destination: Path,
+    mask_token_id: int,
+    add_files: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a folder that `models.load` opens; `save_tokenizer` gets the path of tokenizer/ in it.
+    """Write a folder that `models.load` opens; `add_files` gets its path, to put more beside the weights.
 
     Raises ValueError where `destination` exists or the model's vocabulary has no such mask id.
     """
+    config_class, model_class = next(both for both in BACKBONES.values() if isinstance(weights.config, both[0]))
     sizes = weights.config.to_dict() | {"mask_token_id": mask_token_id, "dtype": weights.dtype}
-    config = RWKV7Config.from_dict(sizes)
-    config.architectures = [RWKV7ForDiffusion.__name__]
+    config = config_class.from_dict(sizes)
+    config.architectures = [model_class.__name__]
     with staged(destination) as folder:
         config.save_pretrained(folder)
         write_safetensors(weights.tensors, folder)
-        if save_tokenizer is not None:
-            save_tokenizer(folder / "tokenizer")
+        if add_files is not None:
+            add_files(folder)
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:

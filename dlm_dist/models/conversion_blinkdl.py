@@ -16,19 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm_dist.models.conversion import Weights, check_tensors, expected_shapes, fill_unused, staged
+from dlm_dist.models.conversion import (
+    Weights,
+    check_tensors,
+    expected_shapes,
+    fill_unused,
+    require_causal_rwkv7,
+    staged,
+)
 from dlm_dist.models.rwkv7 import RWKV7Config
 
 SUFFIX = ".pth"
 
 
-def read_blinkdl(path: Path) -> Weights:
+def read_blinkdl(path: Path) -> Weights[RWKV7Config]:
     """The weights in the `.pth` file `path`, in the dtypes they have there, mapped into memory.
 
     No code in it is run. Raises ValueError where it is no such file, damaged, of another RWKV version, or where a
     tensor is missing, misshapen or unknown, which is named with its shape and the one expected.
     """
-    tensors = _load(path)
+    tensors = read_pth(path)
     _refuse_other_versions(tensors, path)
     config = config_from_shapes(tensors, path)
     whole, notes = fill_unused(config, tensors)
@@ -37,8 +44,12 @@ def read_blinkdl(path: Path) -> Weights:
     return Weights(config, {name: whole[name] for name in expected}, notes)
 
 
-def write_blinkdl(weights: Weights, destination: Path) -> None:
-    """Write `destination`, a new file whose name ends with `.pth`. Raises ValueError where it exists."""
+def write_blinkdl(weights: Weights[RWKV7Config], destination: Path) -> None:
+    """Write `destination`, a new file whose name ends with `.pth`.
+
+    Raises ValueError where it exists or the weights are not those of a causal RWKV-7.
+    """
+    require_causal_rwkv7(weights.config)
     if destination.suffix != SUFFIX:
         raise ValueError(f"{destination} does not end with {SUFFIX}, which programs for RWKV files expect.")
     # Through an open file, since torch.save writes the name of a path into what it saves.
@@ -52,7 +63,8 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_pth(path: Path) -> dict[str, Any]:
+    """What torch.save wrote to `path`, a dictionary, mapped into memory. No code in it is run. Raises ValueError."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; expected BlinkDL's {SUFFIX}.")
     with open(path, "rb") as file:

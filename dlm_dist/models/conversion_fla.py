@@ -22,6 +22,7 @@ from dlm_dist.models.conversion import (
     fill_unused,
     read_safetensors,
     read_tensor_file,
+    require_causal_rwkv7,
     staged,
     write_safetensors,
 )
@@ -99,7 +100,33 @@ def _fla_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[2:] if len(shape) == 3 and ".att.x_" not in name else shape
 
 
-def read_fla(folder: Path) -> Weights:
+def looks_like_fla(tensors: Mapping[str, Any]) -> bool:
+    """Whether tensors carry fla's names of an RWKV-7."""
+    return any(re.fullmatch(r"model\.layers\.\d+\.attn\.x_[rx]", name) for name in tensors)
+
+
+def our_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """fla's tensors under our names in our shapes; what has none of fla's names is left as it is.
+
+    Nothing is demanded of them: this is for looking at them, not for a model.
+    """
+    split = _split_old_mixes(tensors)
+    layers = {int(match[1]) for name in split if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    config = RWKV7Config(vocab_size=1, hidden_size=_HEAD_SIZE, num_hidden_layers=max(layers, default=0) + 1)
+    shapes = expected_shapes(config)
+    names = {other: name for name in shapes if (other := fla_name(name)) is not None}
+    ours: dict[str, Tensor] = {}
+    for other, tensor in split.items():
+        name = names.get(other, other)
+        if name != other and _is_transposed(name) and tensor.dim() == 2:
+            tensor = tensor.T
+        elif name != other and len(shapes[name]) == 3 and tensor.dim() == 1:
+            tensor = tensor.view(1, 1, -1)
+        ours[name] = tensor
+    return ours
+
+
+def read_fla(folder: Path) -> Weights[RWKV7Config]:
     """The weights in a folder written by fla's `save_pretrained` (one file or several), in the dtypes they have there.
 
     Raises ValueError naming a field of config.json that our model cannot represent, or a tensor that is missing,
@@ -122,11 +149,12 @@ def read_fla(folder: Path) -> Weights:
     return Weights(config, {name: whole[name] for name in shapes}, notes)
 
 
-def write_fla(weights: Weights, destination: Path) -> None:
+def write_fla(weights: Weights[RWKV7Config], destination: Path) -> None:
     """Write the folder `destination`, which fla's `from_pretrained` opens.
 
     Raises ValueError where it exists or fla's model cannot compute the same.
     """
+    require_causal_rwkv7(weights.config)
     config = weights.config
     if config.head_size != _HEAD_SIZE:
         raise ValueError(
@@ -148,7 +176,7 @@ def write_fla(weights: Weights, destination: Path) -> None:
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _their_config(weights: Weights) -> dict[str, Any]:
+def _their_config(weights: Weights[RWKV7Config]) -> dict[str, Any]:
     config = weights.config
     ranks = config.lora_ranks
     return {

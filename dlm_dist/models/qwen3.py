@@ -14,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 
 from dlm_dist.models.loss_head import LossHead
 from dlm_dist.models.outputs import DenoiserOutput
+from dlm_dist.models.token_ids import check_mask_token_id
 from dlm_dist.models.visibility import Visibility
 from dlm_dist.randomness import derive_seed
 
@@ -44,8 +45,7 @@ class Qwen3DiffusionConfig(Qwen3Config):
         super().__post_init__(**kwargs)
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction is {self.direction!r}: Qwen3 knows {' and '.join(DIRECTIONS)}.")
-        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"mask_token_id {self.mask_token_id} lies outside the vocabulary of {self.vocab_size}.")
+        check_mask_token_id(self)
         if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of"

@@ -23,6 +23,7 @@ from dlm_dist.models.loss_head import LossHead
 from dlm_dist.models.outputs import DenoiserOutput
 from dlm_dist.models.rwkv7_init import InitSizes, initial_value, initialize_
 from dlm_dist.models.rwkv7_layers import ChannelMix, DepthSeed, LoraRanks, ScanState, TimeMix, lora_ranks
+from dlm_dist.models.token_ids import check_mask_token_id
 
 __all__ = [
     "DIRECTIONS",
@@ -88,8 +89,7 @@ class RWKV7Config(PreTrainedConfig):
             raise ValueError(f"direction is {self.direction!r}: RWKV-7 knows {', '.join(DIRECTIONS)}.")
         if min(self.head_size, self.hidden_size) < 1 or self.hidden_size % self.head_size:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of head_size {self.head_size}.")
-        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"mask_token_id {self.mask_token_id} lies outside the vocabulary of {self.vocab_size}.")
+        check_mask_token_id(self)
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is true: RWKV-7's head has weights of its own, set it to false.")
         self.depth_seed()

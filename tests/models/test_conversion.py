@@ -247,7 +247,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({"ln_out__bias": 3}, r"ln_out\.bias is of type int, expected a tensor \[128\]"),
         (
             {"blocks__0__ffn__s_emb__weight": torch.zeros(V, 8)},
-            r"s_emb\.weight \(shape \[97, 8\]\) is none of RWKV-7's",
+            r"s_emb\.weight \(shape \[97, 8\]\) is none of this model's",
         ),
         ({"blocks__4__ln1__bias": torch.zeros(C)}, "block 3 is missing, though there is a block 4"),
         ({"blocks__0__att__time_maa_x": torch.zeros(C)}, r"RWKV-6 \(x060\).*time_maa_x"),
@@ -314,7 +314,7 @@ def test_files_that_are_no_dictionary_of_tensors(tmp_path: Path, monkeypatch: py
         ("hidden_size", 96, "only|multiple of head_dim"),
         ("a_low_rank_dim", 48, r"layers\.0\.attn\.a_lora\.lora\.0\.weight has shape \[40, 128\], expected \[48, 128\]"),
         ("num_hidden_layers", 4, r"model\.layers\.3\.attn_norm\.weight is missing; expected one of shape \[128\]"),
-        ("num_hidden_layers", 2, r"model\.layers\.2\.\S+ \(shape \S+(, \d+)*\]\) is none of RWKV-7's"),
+        ("num_hidden_layers", 2, r"model\.layers\.2\.\S+ \(shape \S+(, \d+)*\]\) is none of this model's"),
     ],
 )
 def test_a_field_of_fla_that_our_model_cannot_represent_is_named(
@@ -365,13 +365,13 @@ def test_only_causal_models_are_exported_and_to_fla_only_heads_of_64(tmp_path: P
     sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "mask_token_id": 1}
     models.build("rwkv7", head_size=16, direction="bidirectional", **sizes).save_pretrained(tmp_path / "both")
     with pytest.raises(ValueError, match="direction bidirectional: other programs know one scan"):
-        read_folder(tmp_path / "both")
+        write_blinkdl(read_folder(tmp_path / "both"), tmp_path / "both.pth")
     models.build("rwkv7", head_size=16, **sizes).save_pretrained(tmp_path / "heads")
     with pytest.raises(ValueError, match=r"head_size is 16: .* at head_size 64 only"):
         write_fla(read_folder(tmp_path / "heads"), tmp_path / "fla")
     models.build("qwen3", num_attention_heads=2, **sizes).save_pretrained(tmp_path / "qwen3")
-    with pytest.raises(ValueError, match="type 'dlm_qwen3': only RWKV-7"):
-        read_folder(tmp_path / "qwen3")
+    with pytest.raises(ValueError, match="type 'dlm_qwen3', and the layout is one of RWKV-7"):
+        write_fla(read_folder(tmp_path / "qwen3"), tmp_path / "fla")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both", "heads", "qwen3"]
 
 

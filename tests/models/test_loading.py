@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, Qwen3Config
+from transformers import AutoConfig, AutoModel, Qwen2Config, Qwen3Config
 
 from dlm_dist.models import BACKBONES, build, load
 
@@ -67,7 +67,10 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 def test_a_foreign_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
     Qwen3Config(vocab_size=8, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"'qwen3', which is none of ours .*cannot be loaded"):
+    with pytest.raises(ValueError, match=r"'qwen3', which is none of ours: convert it with `dlm convert --from qwen3"):
+        load(tmp_path)
+    Qwen2Config(vocab_size=8, hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'qwen2', which is none of ours .*cannot be loaded"):
         load(tmp_path)
 
 

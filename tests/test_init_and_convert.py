@@ -110,7 +110,8 @@ def test_convert_there_and_back_through_both_layouts(
         assert torch.equal(tensor.bfloat16(), half[name]), name
     assert models.load(tmp_path / "ours").config.mask_token_id == 257
     lines = capsys.readouterr().out.splitlines()
-    assert re.search(r"ours: 2 layers, width 64, heads of 64, vocabulary 320, low-rank .* g 32; .* float32$", lines[1])
+    line = r"ours: 2 layers, width 64, heads of 64, vocabulary 320, low-rank .* g 32; .* float32; mask id 257$"
+    assert re.search(line, lines[1])
 
     (tmp_path / "step-1").mkdir()
     models.load(tmp_path / "ours").save_pretrained(tmp_path / "step-1" / "model")
