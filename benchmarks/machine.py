@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shlex
@@ -12,12 +13,14 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from dlm_dist.training.metrics import Stopwatch
 from dlm_dist.training.records import git_commit, versions
+
+T = TypeVar("T")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -125,11 +128,32 @@ def gemm_rates(device: torch.device, dtype: torch.dtype, size: int, tries: int) 
     return rates
 
 
+def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
+    """What `function(*arguments)` returns when a new process calls it. Both travel there by pickling.
+
+    Raises RuntimeError when the process fails; its error is printed by then.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_call, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        return cast(T, receiver.recv())
+    except EOFError:
+        raise RuntimeError(f"the process that ran {function.__name__} on {arguments} failed") from None
+    finally:
+        process.join()
+
+
+def _call(sender: Any, function: Callable[..., object], arguments: Sequence[Any]) -> None:
+    sender.send(function(*arguments))
+
+
 class PeakMemory:
     """Growth of this process's memory in a `with` block, at its highest: resident on CPU, allocated on CUDA.
 
-    Reads /proc on CPU and so needs Linux there. Meant for a fresh process: memory that an earlier part of the
-    process gave back to the allocator would be used again without being seen.
+    Reads /proc on CPU and so needs Linux there. Meant for a fresh process (`in_fresh_process`): memory that an
+    earlier part of the process gave back to the allocator would be used again without being seen.
     """
 
     bytes = 0

@@ -21,7 +21,6 @@ import argparse
 import copy
 import gc
 import json
-import multiprocessing
 import sys
 import tempfile
 import time
@@ -289,7 +288,8 @@ def timed_step(system: Any, device: torch.device) -> Time:
 # --- peak memory -----------------------------------------------------------------------------------------------
 
 
-def _memory_process(sender: Any, case: Case, system: str) -> None:
+def peak_memory(case: Case, system: str) -> int:
+    """Bytes that two steps of `system` add to a fresh process, which is to call this, at their highest."""
     device = start_distributed(case.options.device)
     if device.type == "cpu":
         torch.set_num_threads(case.options.threads)
@@ -306,21 +306,7 @@ def _memory_process(sender: Any, case: Case, system: str) -> None:
             for _ in range(2):
                 built.step(built.ready())
         built.close()
-    sender.send(memory.bytes)
-
-
-def peak_memory(case: Case, system: str) -> int:
-    """Bytes that two steps of `system` add to a fresh process at their highest."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_memory_process, args=(sender, case, system))
-    process.start()
-    sender.close()
-    try:
-        return int(receiver.recv())
-    except EOFError:
-        raise RuntimeError(f"the process that measures the memory of {case.backbone}, {system} failed") from None
-    finally:
-        process.join()
+    return memory.bytes
 
 
 # --- the two comparisons ---------------------------------------------------------------------------------------
@@ -339,6 +325,8 @@ def model_flops(config: RunConfig, model: Any, steps: range) -> list[float]:
 def compare(case: Case, names: Sequence[str], device: torch.device, peak: float, memory: bool) -> list[dict[str, Any]]:
     """Steps of the systems `names`, a row of figures each. The first is the bare loop, the measure of the others."""
     print(f"  {case.backbone}, {case.vocabulary} ids: {', '.join(names)}", file=sys.stderr, flush=True)
+    from benchmarks.machine import in_fresh_process
+
     warmup, rounds = 1, case.options.rounds
     with tempfile.TemporaryDirectory() as name:
         data = Path(name) / "data"
@@ -355,7 +343,7 @@ def compare(case: Case, names: Sequence[str], device: torch.device, peak: float,
     return [
         figures(times[system], times[names[0]], flops, case.rows_per_step * case.size.length, peak)
         | {"backbone": case.backbone, "system": system, "vocabulary": case.vocabulary, "parameters": parameters}
-        | {"peak_memory_bytes": peak_memory(case, system) if memory else None}
+        | {"peak_memory_bytes": in_fresh_process(peak_memory, case, system) if memory else None}
         for system in names
     ]
 

@@ -158,7 +158,7 @@ def _logit_gradient(
         slope = -confidence_weight * scales * _is_right(statistics)
         form = form._replace(softmax=scales + slope * statistics.entropy, log_softmax=slope)
     if statistics.highest_id is not None:
-        form = form._replace(extra=(statistics.highest * l2wrap, statistics.highest_id))
+        form = form._replace(extra=statistics.highest * l2wrap, extra_id=statistics.highest_id)
     return form
 
 

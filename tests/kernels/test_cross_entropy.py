@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlm_dist.kernels import vocabulary_blocks
 from dlm_dist.kernels.cross_entropy import (
     cross_entropy_rows,
     weighted_cross_entropy,
@@ -269,6 +270,19 @@ def test_every_term_in_bf16(terms: _Terms) -> None:
     assert _relative(total, loss) < 5e-3
     for ours, expected in zip(torch.autograd.grad(total, inputs[:2]), gradients, strict=False):
         assert (ours.double() - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("terms", [_Terms(), *_TERMS], ids=str)
+def test_slabs_of_rows_change_no_bit(terms: _Terms, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets, weights = _partly_right(dtype)
+    found = []
+    for elements in (2**18, 5 * 20, 1):  # all 33 rows, 5 of them, one by one
+        monkeypatch.setattr(vocabulary_blocks, "_SLAB_ELEMENTS", elements)
+        total, rows = weighted_cross_entropy(hidden, weight, targets, weights, 20, **terms.settings())
+        found.append((total, rows, *torch.autograd.grad(total, (hidden, weight))))
+    for other in found[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(other, found[0], strict=True))
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
