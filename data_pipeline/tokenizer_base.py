@@ -84,13 +84,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _byte_table(self) -> list[bytes | None]:
-        """The bytes of each id, None for reserved and unused ids; length vocab_size."""
+        """The bytes of each id, None for reserved and unused ids; those that follow are unused."""
 
     @cached_property
     def _bytes_by_id(self) -> list[bytes | None]:
         table = self._byte_table()
-        assert len(table) == self.vocab_size, (len(table), self.vocab_size)
-        return table
+        assert len(table) <= self.vocab_size, (len(table), self.vocab_size)
+        return table + [None] * (self.vocab_size - len(table))
 
     @cached_property
     def _token_bytes(self) -> NDArray[np.int64]:

@@ -70,6 +70,8 @@ _BACKBONE_KEYS: dict[str, tuple[str, ...]] = {
         "num_key_value_heads",
         "head_dim",
         "tie_word_embeddings",
+        "rope_theta",
+        "rms_norm_eps",
     ),
 }
 
@@ -150,27 +152,41 @@ class ModelSection(Section):
         default=None, description="rwkv7: rank of the output gate's map; null = by low_rank_rule"
     )
     intermediate_size: Positive | None = Field(
-        default=None, description="qwen3: width of the MLP (channels); null = 3 * hidden_size"
+        default=None,
+        description="qwen3: width of the MLP (channels); null = 3 * hidden_size, or with init_from that found there",
     )
     num_attention_heads: Positive | None = Field(
         default=None, description="qwen3: query heads per layer (heads); no default"
     )
     num_key_value_heads: Positive | None = Field(
         default=None,
-        description="qwen3: key and value heads (heads); divides num_attention_heads; null = as many",
+        description="qwen3: key and value heads (heads); divides num_attention_heads; null = as many, or with "
+        "init_from those found there",
     )
     head_dim: Positive | None = Field(
-        default=None, description="qwen3: channels per attention head, an even number; null = 128"
+        default=None,
+        description="qwen3: channels per attention head, an even number; null = 128, or with init_from that found "
+        "there",
     )
     tie_word_embeddings: bool | None = Field(
-        default=None, description="qwen3: the head shares the embedding's weight; null = false"
+        default=None,
+        description="qwen3: the head shares the embedding's weight; null = false, or with init_from as found there",
+    )
+    rope_theta: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="qwen3: base of the rotary positions; null = 1e6, or with init_from that found there"
+    )
+    rms_norm_eps: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="qwen3: added to the mean square in each norm; null = 1e-6, or with init_from that found there",
     )
 
     def sizes(self) -> dict[str, Any]:
         """What the backbone is built from: the shared sizes and this backbone's own that are set."""
         shared = ("vocab_size", "hidden_size", "num_hidden_layers", "direction")
         own = _BACKBONE_KEYS[self.backbone] + (("tie_directions",) if self.backbone == "rwkv7" else ())
-        values = {name: getattr(self, name) for name in (*shared, *own) if name != "wkv7_kernel"}
+        values = {name: getattr(self, name) for name in (*shared, *own) if name not in ("wkv7_kernel", "rope_theta")}
+        if self.rope_theta is not None:
+            values["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
         return {name: value for name, value in values.items() if value is not None}
 
     def contradictions(self) -> Iterator[Mistake]:
@@ -628,6 +644,16 @@ def resolve_batch(train: TrainSection, world_size: int) -> BatchPlan:
     return BatchPlan(total, micro, accumulation)
 
 
+def _qwen3_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {"model.head_dim": 128, "model.tie_word_embeddings": False}
+    values |= {"model.rope_theta": 1e6, "model.rms_norm_eps": 1e-6}
+    if isinstance(heads := model.get("num_attention_heads"), int):
+        values["model.num_key_value_heads"] = heads
+    if isinstance(hidden := model.get("hidden_size"), int):
+        values["model.intermediate_size"] = 3 * hidden
+    return values
+
+
 def default_values(backbone: object, optimizer: object, objective: object, model: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults that hang on other values, by full key.
 
@@ -648,11 +674,8 @@ def default_values(backbone: object, optimizer: object, objective: object, model
             values["model.head_size"] = 64
     if backbone == "qwen3":
         values |= {"optimizer.lr": 3e-4, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8}
-        values |= {"model.head_dim": 128, "model.tie_word_embeddings": False}
-        if isinstance(heads := model.get("num_attention_heads"), int):
-            values["model.num_key_value_heads"] = heads
-        if isinstance(hidden := model.get("hidden_size"), int):
-            values["model.intermediate_size"] = 3 * hidden
+        if model.get("init_from") is None:
+            values |= _qwen3_sizes(model)
     if optimizer == "lion8bit":
         values |= {"optimizer.lr": 1e-4, "optimizer.betas": [0.9, 0.99]}
     return values

@@ -54,6 +54,8 @@ def test_defaults_by_backbone(write):
         "num_key_value_heads": 4,
         "head_dim": 128,
         "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }
     assert "head_dim" not in rwkv7.model.sizes()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,36 @@ def test_data_that_holds_the_mask_id_is_refused(
     assert f"{files[0]}: token 5 is the id {FREE}, which is not free" in text
     assert not (tmp_path / "ours").exists()
     assert dlm(*convert, "--check-data", tmp_path / "data") == 0
+
+
+def test_qwens_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its real vocabulary, with the special tokens where Qwen3 lists them."""
+    files = Path(os.environ.get("DLM_DIST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "tok_qwen"
+    if not files.is_dir():
+        pytest.skip(f"real data is missing: {files} (set DLM_DIST_DATA)")
+    sizes = {"vocab_size": 151936, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "head_dim": 4}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, bos_token_id=151643, eos_token_id=151645)).save_pretrained(
+        tmp_path / "bare"
+    )
+    theirs = shutil.copytree(tmp_path / "bare", tmp_path / "theirs")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(files / name, theirs / name)
+    settings = {"added_tokens_decoder": {str(i): {"content": f"<{i}>"} for i in range(151643, 151669)}}
+    (theirs / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert = ("convert", "--from", "qwen3", theirs)
+    assert dlm(*convert, tmp_path / "ours") == 0
+    assert models.load(tmp_path / "ours").config.mask_token_id == 151_669
+    saved = tokenizers.load(tmp_path / "ours" / "tokenizer")
+    assert (saved.mask_id, saved.vocab_size, saved.name) == (151_669, 151_936, "qwen")
+    assert saved.fingerprint == tokenizers.load(files).fingerprint
+    assert dlm(*convert, tmp_path / "other", "--mask-token-id", 151_935) == 0
+    assert tokenizers.load(tmp_path / "other" / "tokenizer").mask_id == 151_935
+    assert "151668 is taken by '<151668>' of tokenizer_config.json" in mistake(
+        capsys, *convert, tmp_path / "x", "--mask-token-id", 151_668
+    )
+    assert dlm("convert", "--from", "qwen3", tmp_path / "bare", tmp_path / "bare-ours") == 0
+    assert models.load(tmp_path / "bare-ours").config.mask_token_id == 151_669
 
 
 def test_ids_in_use_of_qwens_files(tmp_path: Path) -> None:

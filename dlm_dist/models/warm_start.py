@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from dlm_dist.models.rwkv7 import RANK_FIELDS
+from dlm_dist.models.qwen3 import Qwen3DiffusionConfig
+from dlm_dist.models.rwkv7 import RANK_FIELDS, RWKV7Config
 
 _ROWS_ARE_TOKENS = ("embedding", "head")
 
@@ -18,27 +19,52 @@ NEARLY_FORWARD = 4.0
 
 
 def fitting_sizes(given: PreTrainedConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """What `sizes` leaves open (None) and a start from the RWKV-7 model `given` decides; empty for other backbones.
+    """What the keys of `sizes` leave open (None) and a start from the model `given`, of the same backbone, decides.
 
-    Its head size, without which the same matrices are another model, and the ranks of its low-rank maps, for a model
-    of the same width that names no rule. From causal weights a bidirectional model's gate starts nearly forward, from
-    bidirectional ones as theirs did. Raises ValueError where another head size was named.
+    Raises ValueError where `sizes` names another head size: the same matrices would be another model.
     """
-    if not hasattr(given, "lora_ranks"):
-        return {}
+    if isinstance(given, RWKV7Config) and sizes["backbone"] == "rwkv7":
+        decided = _fitting_rwkv7(given, sizes)
+    elif isinstance(given, Qwen3DiffusionConfig) and sizes["backbone"] == "qwen3":
+        decided = _fitting_qwen3(given, sizes)
+    else:
+        decided = {}
+    return {name: value for name, value in decided.items() if sizes.get(name) is None}
+
+
+def _fitting_rwkv7(given: RWKV7Config, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Its head size, and the ranks of its low-rank maps for a model of the same width that names no rule.
+
+    From causal weights a bidirectional model's gate starts nearly forward, from bidirectional ones as theirs did.
+    """
     decided: dict[str, Any] = {}
     if given.hidden_size == sizes["hidden_size"]:
-        if sizes.get("head_size") not in (None, given.head_size):
-            raise ValueError(
-                f"model.head_size is {sizes['head_size']}, but the given weights have heads of {given.head_size}: "
-                "their matrices would fit and mean something else; leave the key out"
-            )
+        _refuse_other_heads("head_size", sizes, given.head_size)
         decided["head_size"] = given.head_size
         if sizes.get("low_rank_rule") is None:
             decided |= {name: getattr(given, name) for name in RANK_FIELDS}
     if sizes["direction"] == "bidirectional":
         decided["direction_gate_init"] = NEARLY_FORWARD if given.direction == "causal" else given.direction_gate_init
-    return {name: value for name, value in decided.items() if sizes.get(name) is None}
+    return decided
+
+
+def _fitting_qwen3(given: Qwen3DiffusionConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """What no shape shows, and for a model of the same width the other sizes too."""
+    rope: Mapping[str, Any] = given.rope_parameters or {}
+    decided: dict[str, Any] = {"rope_theta": rope["rope_theta"], "rms_norm_eps": given.rms_norm_eps}
+    if given.hidden_size == sizes["hidden_size"]:
+        _refuse_other_heads("head_dim", sizes, given.head_dim)
+        names = ("head_dim", "num_key_value_heads", "intermediate_size", "tie_word_embeddings")
+        decided |= {name: getattr(given, name) for name in names}
+    return decided
+
+
+def _refuse_other_heads(key: str, sizes: Mapping[str, Any], given: int) -> None:
+    if sizes.get(key) not in (None, given):
+        raise ValueError(
+            f"model.{key} is {sizes[key]}, but the given weights have heads of {given}: "
+            "their matrices would fit and mean something else; leave the key out"
+        )
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from dlm_dist.training.resume import (
     topology,
 )
 from dlm_dist.training.sources import open_sources
-from dlm_dist.training.starting_model import resolve_sizes, starting_model
+from dlm_dist.training.starting_model import mask_notes, resolve_sizes, starting_model
 
 
 def train(config: RunConfig, device: torch.device, resume: str | None, command: Sequence[str]) -> None:
@@ -54,6 +54,8 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     if resumed is not None:
         require_same(resumed, identity)
         notes += inexact_notes(resumed, topology(config))
+    else:
+        notes += mask_notes(config, sources[0])
     weights = [entry.weight for entry in config.data.train]
     skip = skip_list(config.data.skip, resumed)
     stream = SampleStream(sources, weights, config.run.seed, skip, config.data.max_samples, config.data.order)

@@ -40,6 +40,11 @@ def open_sources(config: RunConfig) -> list[Source]:
             f"model.vocab_size is {vocabulary}, but the data needs ids up to "
             f"{max(first.vocab_size, first.mask_id + 1) - 1} (mask id {first.mask_id}): leave the key out"
         )
+    if first.mask_id == first.eos_id:
+        mistakes.append(
+            f"data.train: the tokenizer of {config.data.train[0].path} has the id {first.mask_id} for the mask and for "
+            "the end of text: a mask needs an id of its own"
+        )
     if mistakes:
         raise ConfigError(mistakes)
     return sources

@@ -88,6 +88,20 @@ def resolve_sizes(config: RunConfig, source: Source, checkpoint: Path | None = N
     return updated(config, values)
 
 
+def mask_notes(config: RunConfig, source: Source) -> list[str]:
+    """What the user should know where the weights of model.init_from have another mask id than the data."""
+    settings = config.model
+    if settings.init_from is None:
+        return []
+    theirs = models.read_config(settings.init_from, settings.init_revision).mask_token_id
+    if theirs in (None, source.mask_id):
+        return []
+    return [
+        f"model.init_from {settings.init_from} has mask id {theirs}, the data {source.mask_id}: what the weights "
+        f"learned about {theirs} is not used, and the embedding of {source.mask_id} was not trained as a mask"
+    ]
+
+
 def whole_parts(model: Any) -> dict[str, Part]:
     """All of each parameter of a whole fp32 model.
 

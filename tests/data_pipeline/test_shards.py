@@ -76,6 +76,15 @@ def test_wide_vocabularies_get_wide_tokens(tmp_path: Path) -> None:
     assert shards.row_dtype(65536) == np.uint16
 
 
+def test_a_row_that_holds_the_mask_id_is_refused(tmp_path: Path, rows: np.ndarray) -> None:
+    rows[14, 3] = ByteTokenizer().mask_id
+    write_source(tmp_path / "source", rows, ByteTokenizer(), rows_per_shard=PER_SHARD)
+    source = ShardedSource.open(tmp_path / "source")
+    assert np.array_equal(source.read([2, 13]).tokens, rows[[2, 13]])
+    with pytest.raises(DataError, match="row 14 holds the id 257, which bytes has for the mask and no text may have"):
+        source.read([2, 14])
+
+
 def test_a_damaged_token_before_a_row_is_found_where_it_is_no_id(folder: Path) -> None:
     flip(folder / "train-000001.tar", 3 * 1024 + 640 + 2 * LENGTH - 1)  # the high byte of the last token of row 13
     source = ShardedSource.open(folder)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import unicodedata
@@ -96,6 +97,22 @@ def test_saved_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> No
     again.save(tmp_path / "twice")
     for file in (tmp_path / "once").iterdir():
         assert file.read_bytes() == (tmp_path / "twice" / file.name).read_bytes()
+
+
+def test_another_mask_id(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    fingerprint, own, size = tokenizer.fingerprint, tokenizer.mask_id, tokenizer.vocab_size
+    for taken in (-1, tokenizer.eos_id, int(tokenizer.encode("a")[0])):
+        with pytest.raises(DataError, match="cannot be the mask of"):
+            tokenizer.use_mask_id(taken)
+    assert tokenizer.fingerprint == fingerprint
+    other = copy.copy(tokenizer)
+    other.use_mask_id(size + 3)
+    assert (other.mask_id, other.vocab_size) == (size + 3, size + 4)
+    assert other.fingerprint != fingerprint
+    assert other.decode([size + 3]) == MASK_MARK
+    other.save(tmp_path)
+    assert load(tmp_path).describe() == other.describe()
+    assert (tokenizer.mask_id, tokenizer.vocab_size) == (own, size)
 
 
 @given(any_text)

@@ -11,7 +11,7 @@ import torch
 from dlm_dist import models
 from dlm_dist.config import ConfigError, RunConfig, load_config
 from dlm_dist.models.warm_start import NEARLY_FORWARD, initialize_from
-from dlm_dist.training.starting_model import initial_model, resolve_sizes
+from dlm_dist.training.starting_model import initial_model, mask_notes, resolve_sizes
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "mask_token_id": 63}
 
@@ -100,3 +100,46 @@ def test_a_bidirectional_model_starts_nearly_as_the_causal_one(causal: Path, tie
         far = (fresh(ids).logits - want).norm() / want.norm()
     assert near < 0.1 < far
     assert resolved(causal, "model.direction_gate_init=1").model.direction_gate_init == 1.0
+
+
+def qwen3(folder: Path, **sizes: Any) -> Path:
+    """Qwen3 weights with sizes and fields that no default would give."""
+    fields = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 40}
+    rope = {"rope_type": "default", "rope_theta": 5e6}
+    model = models.build("qwen3", **(SIZES | fields | {"rope_parameters": rope, "rms_norm_eps": 1e-5} | sizes))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_no_shape_shows_comes_with_the_weights_of_qwen3(tied: bool, tmp_path: Path) -> None:
+    source = qwen3(tmp_path / "given", direction="causal", tie_word_embeddings=tied)
+    keys = ("model.backbone=qwen3", "model.num_attention_heads=4")
+    config = resolved(source, *keys, "model.direction=causal")
+    assert (config.model.rope_theta, config.model.rms_norm_eps) == (5e6, 1e-5)
+    model, report = initial_model(config, mask_token_id=63)
+    assert report is not None
+    assert not report["skipped"]
+    ids = torch.randint(0, 63, (2, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, models.load(source)(ids).logits)
+    named = resolved(source, *keys, "model.rope_theta=1e4", "model.num_key_value_heads=4")
+    assert (named.model.rope_theta, named.model.num_key_value_heads) == (1e4, 4)
+    assert named.model.sizes()["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e4}
+    with pytest.raises(ConfigError, match=r"model.head_dim is 8, but the given weights have heads of 4"):
+        resolved(source, *keys, "model.head_dim=8")
+
+
+def test_weights_of_another_backbone_decide_nothing(causal: Path, tmp_path: Path) -> None:
+    assert resolved(causal, "model.backbone=qwen3", "model.num_attention_heads=4").model.head_dim is None
+    assert resolved(qwen3(tmp_path / "given"), "model.head_size=8").model.head_size == 8
+
+
+def test_another_mask_id_than_the_datas_is_told(causal: Path) -> None:
+    class Data(Rows):
+        mask_id = 62
+
+    (note,) = mask_notes(resolved(causal), Data())  # type: ignore[arg-type]
+    assert "has mask id 63, the data 62" in note
+    Data.mask_id = 63
+    assert mask_notes(resolved(causal), Data()) == []  # type: ignore[arg-type]

@@ -135,6 +135,16 @@ def test_what_token_files_need_is_asked_for_by_its_key(token_files: dict[str, Pa
     )
 
 
+def test_a_mask_that_is_the_end_of_text_is_refused(tmp_path: Path) -> None:
+    tokenizer = load("bytes")
+    tokenizer.mask_id = tokenizer.eos_id
+    write_source(tmp_path / "built", TOKENS[: 4 * LENGTH].reshape(4, LENGTH), tokenizer)
+    refused(
+        f"the tokenizer of {tmp_path / 'built'} has the id 256 for the mask and for the end of text",
+        settings=config(tmp_path / "built", tmp_path / "run", "data.tokenizer=null"),
+    )
+
+
 def test_token_files_mix_with_built_data(token_files: dict[str, Path], tmp_path: Path) -> None:
     write_source(tmp_path / "built", TOKENS[: 4 * LENGTH].reshape(4, LENGTH), load("bytes"))
     mixed = [f"data.train.1.path={token_files['llmc']}", "data.train.1.weight=2"]
