@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.numbers import count, torch_dtype
+from launcher.quantities import count, torch_dtype
 
 if TYPE_CHECKING:
     from data_pipeline.tokenizer_base import Tokenizer

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from launcher.numbers import count, size, torch_dtype
+from launcher.quantities import count, size, torch_dtype
 
 
 def add_init_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -122,3 +122,9 @@ def test_licence_and_changelog(declared):
     assert "END OF TERMS AND CONDITIONS" in licence
     assert re.search(r"Copyright \d{4} dlm_dist authors", licence)
     assert "## [Unreleased]" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_no_module_of_the_launcher_hides_one_of_the_standard_library() -> None:
+    """`deepspeed launcher/pretrain.py` puts launcher/ in front of the path."""
+    launcher = Path(__file__).parents[1] / "launcher"
+    assert not {path.stem for path in launcher.glob("*.py")} & set(sys.stdlib_module_names)
