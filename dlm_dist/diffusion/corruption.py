@@ -1,62 +1,21 @@
-"""What is hidden from the model, as a pure function of (seed, global sample position).
+"""The draws of the forward process, as pure functions of (seed, global sample position).
 
-Every draw here (time, masked set, truncation length) is keyed by the sample's position in the data order, so
-the noise of a sample is the same on any number of ranks, in any batch split, and after any resume. Host side
-and numpy only: it runs in the loader's threads, so the denominators of a step are known before its first
-forward.
+Every draw here (time, hidden set, truncation length, replaced tokens) is keyed by the sample's position in the
+data order, so the noise of a sample is the same on any number of ranks, in any batch split, and after any resume.
+Host side and numpy only: it runs in the loader's threads, so the denominators of a step are known before its
+first forward.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dlm_dist import randomness
-from dlm_dist.diffusion.schedules import Schedule
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
+from dlm_dist.diffusion.base import BoolArray, FloatArray, IntArray
 
 TIME_WINDOW_BITS = 16
 """Times are stratified over aligned windows of 2**16 positions."""
-
-
-@dataclass(frozen=True)
-class NoisyBatch:
-    """A corrupted batch: what the model sees, and what it is asked.
-
-    Targets come aligned with inputs: the model's output at a position is scored against the target there.
-    """
-
-    inputs: IntArray
-    """[B, T] what the model reads."""
-    targets: IntArray
-    """[B, T] clean ids; only those with a positive weight are scored."""
-    weights: NDArray[np.float32]
-    """[B, T] weight of each cross entropy (nats) in the loss sum; 0 where a token is not scored."""
-    document_ids: NDArray[np.int32] | None
-    """[B, T] tokens see each other only where ids agree, -1 is not there; None: every row is one document."""
-    times: FloatArray
-    """[B] diffusion time of each sample, in [0, 1)."""
-    lengths: IntArray
-    """[B] tokens of each sample that are there (random-length truncation cuts the rest)."""
-    positions: IntArray
-    """[B] global sample positions."""
-    text_bytes: IntArray
-    """[B] bytes of text that the `lengths` tokens stand for; -1 where unknown."""
-
-    @property
-    def denominator(self) -> int:
-        """Tokens that this batch accounts for: the loss is the sum of weighted nats per such token."""
-        return int(self.lengths.sum())
-
-    @property
-    def masks(self) -> BoolArray:
-        """[B, T] where the input was changed to the mask token or is scored."""
-        return self.weights > 0
 
 
 def stratified_times(seed: int, positions: IntArray) -> FloatArray:
@@ -92,57 +51,59 @@ def _nested_scramble(key: int, window: NDArray[np.uint64], values: NDArray[np.in
     return result
 
 
-def random_lengths(seed: int, positions: IntArray, sequence_length: int, probability: float) -> IntArray:
+def keyed_uniform(seed: int, purpose: str, positions: IntArray) -> FloatArray:
+    """One number in [0, 1) for each position [B]."""
+    return randomness.to_unit_interval(randomness.hash_uint64(randomness.derive_seed(seed, purpose), positions))
+
+
+def keyed_words(seed: int, positions: IntArray, length: int, purpose: str = "mask") -> NDArray[np.uint64]:
+    """One 64-bit word per token [B, length], keyed by (seed, purpose, position); token i's ignores the length."""
+    return np.stack([randomness.uint64(seed, purpose, int(position), length) for position in positions])
+
+
+def random_lengths(
+    seed: int, positions: IntArray, sequence_length: int, probability: float, group: int = 1
+) -> IntArray:
     """Tokens kept of each sample [B]: all, or with `probability` a length uniform on 1..sequence_length.
 
-    LLaDA's random-length pretraining (ML-GSAI/LLaDA, GUIDELINES.md), decided per sample.
+    LLaDA's random-length pretraining (ML-GSAI/LLaDA, GUIDELINES.md), decided once for every aligned group of `group`
+    positions: 1 is per sample, LLaDA cuts a whole micro-batch.
     """
     lengths = np.full(len(positions), sequence_length, dtype=np.int64)
     if probability <= 0.0:
         return lengths
     for i, position in enumerate(positions):
-        chance, share = randomness.uniform(seed, "random_length", int(position), 2)
+        chance, share = randomness.uniform(seed, "random_length", int(position) // group, 2)
         if chance < probability:
             lengths[i] = 1 + int(share * sequence_length)
     return lengths
 
 
-def keyed_words(seed: int, positions: IntArray, sequence_length: int) -> NDArray[np.uint64]:
-    """One 64-bit word per token [B, T], keyed by (seed, position); token i's word ignores T."""
-    return np.stack([randomness.uint64(seed, "mask", int(position), sequence_length) for position in positions])
+def random_ids(seed: int, positions: IntArray, length: int, purpose: str, vocab_size: int, mask_id: int) -> IntArray:
+    """Ids drawn uniformly from all but the mask token [B, length]."""
+    words = keyed_words(seed, positions, length, purpose)
+    below_mask = mask_id < vocab_size
+    ids = (words % np.uint64(vocab_size - below_mask)).astype(np.int64)
+    return ids + (below_mask & (ids >= mask_id))
 
 
-def exact_count_masks(
-    schedule: Schedule, times: FloatArray, lengths: IntArray, words: NDArray[np.uint64]
-) -> tuple[BoolArray, FloatArray]:
-    """Hide exactly k of the l tokens of each sample -> (masks [B, T], weight of each hidden token [B]).
-
-    k = ceil(rate(t) * l) has probability q_k = rate^-1(k/l) - rate^-1((k-1)/l); each of the k tokens then weighs
-    1 / (q_k * k), which makes the sum over a sample an unbiased estimate of its negative evidence bound in
-    nats. For the linear schedule q_k = 1/l and the weight is l/k (the estimator of MegaDLMs and of LLaDA's
-    likelihood evaluation). Conditioning on k removes the variance of independent Bernoulli draws.
-    """
-    counts = np.clip(np.ceil(schedule.rate(times) * lengths), 1, lengths).astype(np.int64)
-    probability = schedule.inverse(counts / lengths) - schedule.inverse((counts - 1) / lengths)
-    there = np.arange(words.shape[1]) < lengths[:, None]
-    # The k smallest words of the tokens that are there; ties between 64-bit words go to the lower index.
-    order = np.argsort(np.where(there, words, np.uint64(2**64 - 1)), axis=1, kind="stable")
+def hide_counted(eligible: BoolArray, counts: IntArray, words: NDArray[np.uint64]) -> BoolArray:
+    """Hide `counts` [B] of the `eligible` [B, T] tokens of each sample: those with the smallest words."""
+    # Ties between 64-bit words go to the lower index.
+    order = np.argsort(np.where(eligible, words, np.uint64(2**64 - 1)), axis=1, kind="stable")
     masks = np.zeros(words.shape, dtype=np.bool_)
     np.put_along_axis(masks, order, np.arange(words.shape[1]) < counts[:, None], axis=1)
-    return masks & there, 1.0 / (probability * counts)
+    return masks & eligible
 
 
-def bernoulli_masks(
-    schedule: Schedule, times: FloatArray, lengths: IntArray, words: NDArray[np.uint64]
-) -> tuple[BoolArray, FloatArray]:
-    """Hide each token by itself with probability rate(t) -> (masks [B, T], weight of a hidden token [B]).
-
-    The weight is rate'(t) / rate(t): LLaDA's 1/p for the linear schedule. A sample may have no hidden token.
-    """
-    rates = schedule.rate(times)
-    there = np.arange(words.shape[1]) < lengths[:, None]
-    masks = (randomness.to_unit_interval(words) < rates[:, None]) & there
-    return masks, schedule.derivative(times) / np.maximum(rates, np.finfo(np.float64).tiny)
+def hide_independently(eligible: BoolArray, rates: FloatArray, words: NDArray[np.uint64]) -> BoolArray:
+    """Hide each of the `eligible` [B, T] tokens by itself with probability `rates` [B]."""
+    return (randomness.to_unit_interval(words) < rates[:, None]) & eligible
 
 
-MASKINGS = {"exact": exact_count_masks, "bernoulli": bernoulli_masks}
+def hide_span(eligible: BoolArray, counts: IntArray, places: FloatArray) -> BoolArray:
+    """Hide `counts` [B] successive `eligible` [B, T] tokens; `places` [B] in [0, 1) is where the span lies."""
+    sizes = eligible.sum(axis=1)
+    first = (places * (sizes - counts + 1)).astype(np.int64)[:, None]
+    rank = np.cumsum(eligible, axis=1) - 1
+    return eligible & (rank >= first) & (rank < first + counts[:, None])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dlm_dist.diffusion.corruption import NoisyBatch
+from dlm_dist.diffusion.base import NoisyBatch
 
 
 def host_inputs(batch: NoisyBatch, pin: bool) -> dict[str, torch.Tensor]:

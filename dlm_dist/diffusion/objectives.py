@@ -8,98 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dlm_dist.diffusion.corruption import (
-    MASKINGS,
+from dlm_dist.diffusion.base import (
     IntArray,
     NoisyBatch,
-    keyed_words,
-    random_lengths,
-    stratified_times,
+    Objective,
+    RowsLike,
+    Vocabulary,
+    text_bytes_of,
+    visible_documents,
 )
-from dlm_dist.diffusion.schedules import SCHEDULES
+from dlm_dist.diffusion.corruption import random_lengths
+from dlm_dist.diffusion.masked import MaskedDiffusion
 
-
-class RowsLike(Protocol):
-    """What an objective reads of a batch (data_pipeline.rows.Rows)."""
-
-    @property
-    def tokens(self) -> NDArray[np.integer]: ...  # [B, T]
-
-    @property
-    def document_ids(self) -> NDArray[np.int32]: ...  # [B, T]
-
-    @property
-    def positions(self) -> IntArray: ...  # [B]
-
-    @property
-    def text_bytes(self) -> IntArray: ...  # [B]
-
-    @property
-    def before(self) -> IntArray: ...  # [B]
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids that an objective needs to know. `token_bytes` [V]: bytes of text per id, None if unknown."""
-
-    mask_id: int
-    eos_id: int
-    token_bytes: IntArray | None = None
-
-
-class Objective(Protocol):
-    """An objective's name, whether its loss is a bound on the negative log-likelihood, and its corruption."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def is_bound(self) -> bool: ...
-
-    def corrupt(self, rows: RowsLike) -> NoisyBatch:
-        """Corrupt a batch of clean rows; a pure function of the rows and their positions."""
-        ...
-
-
-@dataclass(frozen=True)
-class MaskedDiffusion:
-    """Masked diffusion (LLaDA, MDLM): hidden tokens are predicted from the visible ones, weighted to a bound.
-
-    The mean over samples of sum(weight * cross entropy) / tokens is an unbiased estimate of the negative
-    evidence lower bound in nats per token, for both maskings and every schedule.
-    """
-
-    seed: int
-    vocabulary: Vocabulary
-    schedule: str = "linear"
-    masking: str = "exact"
-    random_length_prob: float = 0.0
-    isolate_documents: bool = False
-    name: str = "mdlm"
-    is_bound: bool = True
-
-    def corrupt(self, rows: RowsLike) -> NoisyBatch:
-        tokens = rows.tokens.astype(np.int64)
-        times = stratified_times(self.seed, rows.positions)
-        lengths = random_lengths(self.seed, rows.positions, tokens.shape[1], self.random_length_prob)
-        words = keyed_words(self.seed, rows.positions, tokens.shape[1])
-        masks, weights = MASKINGS[self.masking](SCHEDULES[self.schedule], times, lengths, words)
-        there = np.arange(tokens.shape[1]) < lengths[:, None]
-        return NoisyBatch(
-            inputs=np.where(masks | ~there, self.vocabulary.mask_id, tokens),
-            targets=tokens,
-            weights=np.where(masks, weights[:, None], 0.0).astype(np.float32),
-            document_ids=visible_documents(rows, there, self.isolate_documents),
-            times=times,
-            lengths=lengths,
-            positions=rows.positions,
-            text_bytes=_text_bytes(rows, tokens, there, self.vocabulary.token_bytes),
-        )
+__all__ = [
+    "OBJECTIVES",
+    "Autoregressive",
+    "MaskedDiffusion",
+    "NoisyBatch",
+    "Objective",
+    "RowsLike",
+    "Vocabulary",
+    "visible_documents",
+]
 
 
 @dataclass(frozen=True)
@@ -116,6 +51,9 @@ class Autoregressive:
     isolate_documents: bool = False
     name: str = "ar"
     is_bound: bool = True
+
+    def head_settings(self) -> dict[str, float]:
+        return {}
 
     def corrupt(self, rows: RowsLike) -> NoisyBatch:
         tokens = rows.tokens.astype(np.int64)
@@ -135,7 +73,7 @@ class Autoregressive:
             times=np.zeros(len(tokens)),
             lengths=lengths,
             positions=rows.positions,
-            text_bytes=_text_bytes(rows, tokens, there, self.vocabulary.token_bytes),
+            text_bytes=text_bytes_of(rows.text_bytes, tokens, there, self.vocabulary.token_bytes),
         )
 
 
@@ -155,20 +93,10 @@ def _isolated_inputs(
     return np.where(changes, eos_id, inputs), np.cumsum(begins, axis=1, dtype=np.int32)
 
 
-def visible_documents(rows: RowsLike, there: NDArray[np.bool_], isolate_documents: bool) -> NDArray[np.int32] | None:
-    """Document ids [B, T] for the model, -1 for the cut tails; None when every row is whole and one document."""
-    if isolate_documents:
-        return np.where(there, rows.document_ids, -1).astype(np.int32)
-    return None if there.all() else np.where(there, 0, -1).astype(np.int32)
-
-
-def _text_bytes(rows: RowsLike, tokens: IntArray, there: NDArray[np.bool_], token_bytes: IntArray | None) -> IntArray:
-    """Bytes of text [B] of the tokens that are there: the row's own count if it is whole, else by id."""
-    if there.all():
-        return rows.text_bytes
-    if token_bytes is None:
-        return np.where(there.all(axis=1), rows.text_bytes, -1)
-    return np.where(there, token_bytes[tokens], 0).sum(axis=1).astype(np.int64)
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"mdlm": MaskedDiffusion, "ar": Autoregressive}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "mdlm": MaskedDiffusion,
+    "dllm": partial(MaskedDiffusion, name="dllm", masking="bernoulli", times="independent", normalization="maskable"),
+    "soft_ce": partial(MaskedDiffusion, name="soft_ce", weighting="inverse_rate", label_smoothing=0.1),
+    "ar": Autoregressive,
+}
+"""Makers by the name in objective.name, with the defaults of each."""

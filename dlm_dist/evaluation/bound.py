@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.rows import Rows
 from data_pipeline.source import Source
-from dlm_dist.diffusion.corruption import NoisyBatch
+from dlm_dist.diffusion.base import NoisyBatch
 from dlm_dist.diffusion.model_inputs import model_inputs
 from dlm_dist.diffusion.objectives import OBJECTIVES, Vocabulary
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from dlm_dist.config import BatchPlan
-from dlm_dist.diffusion.corruption import NoisyBatch
+from dlm_dist.diffusion.base import NoisyBatch
 from dlm_dist.diffusion.model_inputs import host_inputs
 from dlm_dist.diffusion.objectives import Objective, RowsLike
 
