@@ -37,7 +37,7 @@ from data_pipeline.shards import ShardedSource, write_source
 from data_pipeline.tokenizer_backends.characters import CharacterTokenizer
 from dlm_dist import models
 from dlm_dist.config import RunConfig, load_config, resolve_batch
-from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
+from dlm_dist.diffusion.objectives import Objective
 from dlm_dist.training.distributed import start_distributed
 
 VOCABULARY = 65_536
@@ -154,14 +154,10 @@ class Data:
 
     @staticmethod
     def open(config: RunConfig) -> Data:
+        from dlm_dist.training.run import make_objective
+
         source = ShardedSource.open(config.data.train[0].path)
-        objective = OBJECTIVES[config.objective.name](
-            seed=config.run.seed,
-            vocabulary=Vocabulary(source.mask_id, source.eos_id, source.token_bytes),
-            random_length_prob=config.data.random_length_prob,
-            isolate_documents=config.data.isolate_documents,
-            **config.objective.settings(),
-        )
+        objective = make_objective(config, source)
         return Data(source, SampleStream([source], [1.0], config.run.seed), objective)
 
     def prepare(self, config: RunConfig, device: torch.device) -> Callable[[int], Any]:
@@ -228,6 +224,7 @@ class TrainerSystem:
                 config.data.loader_threads,
             ),
             is_bound=data.objective.is_bound,
+            head_settings=data.objective.head_settings(),
             peak_flops=peak,
             log=MetricsLog(config.run.dir, 0, 0, 2**62, None),
             evaluate=None,

@@ -7,6 +7,7 @@ that text gives the same tree again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ from dlm_dist.settings import ConfigError, Mistake, Section, about, lookup
 def _whole(value: object) -> object:
     """A float without a fraction as an int, so that `max_steps: 1e4` is a whole number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _token_name(value: object) -> object:
+    """An id as text, so that ids and names can stand in one list."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _not_empty(value: object) -> object:
@@ -254,21 +260,171 @@ class ModelSection(Section):
             )
 
 
-class ObjectiveSection(Section):
-    """What is hidden, what is predicted and how it is weighed. Keys of the other objective must stay null."""
+_MASKED = ("mdlm", "dllm", "soft_ce")
+_OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
+    "schedule": _MASKED,
+    "schedule_exponent": _MASKED,
+    "schedule_steepness": _MASKED,
+    "schedule_sigma": _MASKED,
+    "schedule_points": _MASKED,
+    "masking": _MASKED,
+    "times": _MASKED,
+    "t_min": _MASKED,
+    "t_max": _MASKED,
+    "min_masking_rate": _MASKED,
+    "weighting": _MASKED,
+    "cart_p": _MASKED,
+    "soft_tail_p": _MASKED,
+    "soft_tail_beta": _MASKED,
+    "reweight_cap": _MASKED,
+    "normalization": _MASKED,
+    "noise_type": _MASKED,
+    "mask_contiguous_region_prob": _MASKED,
+    "two_segment_prob": _MASKED,
+    "protected_tokens": _MASKED,
+    "draws_per_row": _MASKED,
+    "complementary_prob": _MASKED,
+    "token_to_token_rate": _MASKED,
+    "token_to_token_weight": _MASKED,
+    "shift": _MASKED,
+    "label_smoothing": ("soft_ce",),
+    "confidence_weight": _MASKED,
+}
+"""The objectives that each key belongs to."""
 
-    name: Literal["mdlm", "ar"] = Field(
+# The keys that mean something with one value of another key only: (key, that other key, its value).
+_OBJECTIVE_NEEDS = (
+    ("schedule_exponent", "schedule", "power"),
+    ("schedule_steepness", "schedule", "sigmoid"),
+    ("schedule_sigma", "schedule", "geometric"),
+    ("schedule_points", "schedule", "table"),
+    ("cart_p", "weighting", "cart"),
+    ("soft_tail_p", "weighting", "soft_tail"),
+    ("soft_tail_beta", "weighting", "soft_tail"),
+)
+
+
+def _other_name(names: Mapping[str, str]) -> BeforeValidator:
+    """What some values are called elsewhere; the resolved configuration holds our name."""
+    return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
+
+
+class ObjectiveSection(Section):
+    """What is hidden, what is predicted and how it is weighed. Keys of other objectives must stay null."""
+
+    name: Annotated[Literal["mdlm", "dllm", "soft_ce", "ar"], _other_name({"guidelines": "mdlm"})] = Field(
         default="mdlm",
-        description="mdlm: absorbing-state masked diffusion with the unbiased bound as its loss; ar: causal language "
-        "modelling with the exact negative log-likelihood as its loss",
+        description="mdlm (also: guidelines): absorbing-state masked diffusion with the unbiased bound as its loss; "
+        "dllm: the same with the draws of the program dllm; soft_ce: masked diffusion with smoothed labels; ar: causal "
+        "language modelling with the exact negative log-likelihood as its loss",
     )
-    schedule: Literal["linear", "cosine"] | None = Field(
-        default=None, description="mdlm: share of hidden tokens as a function of time; null = linear"
+    schedule: (
+        Annotated[
+            Literal["linear", "cosine", "cosine_squared", "power", "sigmoid", "geometric", "table"],
+            _other_name({"uniform": "linear", "log_linear": "linear"}),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="share of hidden tokens as a function of time (docs/objectives.md has the formulas); linear is "
+        "also called uniform and log_linear; null = linear",
+    )
+    schedule_exponent: Annotated[float, Field(ge=0.05, le=20.0)] | None = Field(
+        default=None, description="power: exponent of t; null = 2"
+    )
+    schedule_steepness: Annotated[float, Field(gt=0.0, le=40.0)] | None = Field(
+        default=None, description="sigmoid: factor of t - 1/2 in the exponential; null = 12"
+    )
+    schedule_sigma: tuple[Annotated[float, Field(gt=0.0)], Annotated[float, Field(gt=0.0, le=30.0)]] | None = Field(
+        default=None, description="geometric: total noise at t = 0 and at t = 1; null = [1e-4, 20]"
+    )
+    schedule_points: tuple[Fraction, ...] | None = Field(
+        default=None,
+        description="table: shares of hidden tokens at equally spaced times, rising from 0 to 1, joined by straight "
+        "lines; no default",
     )
     masking: Literal["exact", "bernoulli"] | None = Field(
         default=None,
-        description="mdlm: exact: a drawn number of tokens is hidden; bernoulli: each token by itself (LLaDA); "
-        "null = exact",
+        description="exact: a drawn number of tokens is hidden; bernoulli: each token by itself (LLaDA); null = exact, "
+        "dllm: bernoulli",
+    )
+    times: Literal["stratified", "independent"] | None = Field(
+        default=None,
+        description="stratified: times are spread evenly over any stretch of the data order; independent: each by "
+        "itself (LLaDA, Nano-LLaDA's iid_t); null = stratified, dllm: independent",
+    )
+    t_min: Fraction | None = Field(default=None, description="smallest time; above 0 the loss is no bound; null = 0")
+    t_max: Fraction | None = Field(default=None, description="largest time; below 1 the loss is no bound; null = 1")
+    min_masking_rate: Fraction | None = Field(
+        default=None, description="least share of hidden tokens; above 0 the loss is no bound; null = 0"
+    )
+    weighting: Literal["elbo", "inverse_rate", "none", "one_minus_t", "snr", "cart", "soft_tail"] | None = Field(
+        default=None,
+        description="weight of a hidden token. elbo: unbiased for the bound; inverse_rate: 1 / p; none: 1; "
+        "one_minus_t: 1 - t; snr: (1 - p) / p; cart: by the visible tokens near it (Dream); soft_tail: by the hidden "
+        "tokens before it (CARD); null = elbo, soft_ce: inverse_rate",
+    )
+    cart_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None, description="cart: how fast the influence of a visible token falls with distance; null = 0.1"
+    )
+    soft_tail_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None, description="soft_tail: how fast a hidden token is forgotten; null = 0.5"
+    )
+    soft_tail_beta: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="soft_tail: the weight is 1 / (this + hidden tokens before); null = 1"
+    )
+    reweight_cap: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="largest weight of a token; makes the loss no bound; null = none"
+    )
+    normalization: Literal["tokens", "maskable", "scored"] | None = Field(
+        default=None,
+        description="what the loss is a mean over. tokens: all that are there; maskable: without protected ones; "
+        "scored: those that enter the loss (Dream, no bound); null = tokens, dllm: maskable",
+    )
+    noise_type: Literal["mask", "random_replace"] | None = Field(
+        default=None,
+        description="mask: hidden tokens become the mask token; random_replace: another token drawn uniformly, and the "
+        "loss is no bound; null = mask",
+    )
+    mask_contiguous_region_prob: Fraction | None = Field(
+        default=None,
+        description="share of samples whose hidden tokens are one span; above 0 the loss is no bound; null = 0",
+    )
+    two_segment_prob: Fraction | None = Field(
+        default=None,
+        description="share of samples cut in two parts with a time each; above 0 the loss is no bound; null = 0",
+    )
+    protected_tokens: tuple[Annotated[str, BeforeValidator(_token_name)], ...] | None = Field(
+        default=None,
+        description="tokens that are never hidden: ids, or eos, bos, pad where the tokenizer has them; makes the loss "
+        "no bound; null = none",
+    )
+    draws_per_row: Positive | None = Field(
+        default=None, description="samples made of each row, with a time and a mask each; null = 1"
+    )
+    complementary_prob: Fraction | None = Field(
+        default=None,
+        description="draws_per_row 2: share of rows whose second sample hides what the first one shows; null = 0",
+    )
+    token_to_token_rate: Fraction | None = Field(
+        default=None,
+        description="share of visible tokens that are replaced at random and scored too (LLaDA 2.1); above 0 the loss "
+        "is no bound; null = 0",
+    )
+    token_to_token_weight: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="weight of the replaced tokens of token_to_token_rate; null = 1"
+    )
+    shift: bool | None = Field(
+        default=None,
+        description="a token is predicted at the place in front of it, as a causal model does it (Dream); null = false",
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        default=None, description="soft_ce: share of the target that is spread over the whole vocabulary; null = 0.1"
+    )
+    confidence_weight: Annotated[float, Field(ge=0.0)] | None = Field(
+        default=None,
+        description="strength of the confidence term (LLaDA 2): the entropy of each scored token that is predicted "
+        "right; above 0 the loss is no bound; null = 0",
     )
     l2wrap: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
@@ -278,16 +434,70 @@ class ObjectiveSection(Section):
 
     def settings(self) -> dict[str, Any]:
         """What the objective is made with: its own keys that are set."""
-        values = {name: getattr(self, name) for name in ("schedule", "masking")}
+        values: dict[str, Any] = {name: getattr(self, name) for name in _OBJECTIVE_KEYS}
+        parameters = {
+            "exponent": values.pop("schedule_exponent"),
+            "steepness": values.pop("schedule_steepness"),
+            "points": values.pop("schedule_points"),
+        }
+        if sigma := values.pop("schedule_sigma"):
+            parameters |= {"sigma_min": sigma[0], "sigma_max": sigma[1]}
+        values["schedule_parameters"] = {key: value for key, value in parameters.items() if value is not None} or None
         return {name: value for name, value in values.items() if value is not None}
 
     def contradictions(self) -> Iterator[Mistake]:
-        for name in ("schedule", "masking"):
-            value = getattr(self, name)
-            if self.name != "mdlm" and value is not None:
+        for key, owners in _OBJECTIVE_KEYS.items():
+            value = getattr(self, key)
+            if self.name not in owners and value is not None:
+                names = " and ".join([", ".join(owners[:-1]), owners[-1]] if owners[1:] else owners)
                 yield about(
-                    f"objective.{name}", value, f"a key of mdlm only, and objective.name is {self.name}: remove it"
+                    f"objective.{key}", value, f"a key of {names} only, and objective.name is {self.name}: remove it"
                 )
+        if self.name in _MASKED:
+            yield from self._masked()
+
+    def _masked(self) -> Iterator[Mistake]:
+        for key, other, needed in _OBJECTIVE_NEEDS:
+            value = getattr(self, key)
+            if value is not None and getattr(self, other) != needed:
+                yield about(
+                    f"objective.{key}",
+                    value,
+                    f"a key of {needed} only, and objective.{other} is {getattr(self, other)}: remove it",
+                )
+        yield from self._schedule()
+        low, high = self.t_min or 0.0, 1.0 if self.t_max is None else self.t_max
+        if low >= high:
+            yield about("objective.t_min", low, f"expected less than objective.t_max = {high}")
+        if self.complementary_prob and self.draws_per_row != 2:
+            yield about(
+                "objective.complementary_prob",
+                self.complementary_prob,
+                f"expected objective.draws_per_row 2, which is {self.draws_per_row}: complements come in pairs",
+            )
+        if self.token_to_token_weight is not None and not self.token_to_token_rate:
+            yield about(
+                "objective.token_to_token_weight",
+                self.token_to_token_weight,
+                "expected null, since objective.token_to_token_rate is 0: nothing is replaced",
+            )
+
+    def _schedule(self) -> Iterator[Mistake]:
+        points, sigma = self.schedule_points, self.schedule_sigma
+        if self.schedule == "table" and points is None:
+            yield Mistake(
+                "objective.schedule_points", "objective.schedule_points is missing: the schedule table needs its shares"
+            )
+        if points is not None:
+            rises = all(a < b for a, b in itertools.pairwise(points))
+            if len(points) < 2 or points[0] != 0.0 or points[-1] != 1.0 or not rises:
+                yield about(
+                    "objective.schedule_points",
+                    points,
+                    "expected shares that start with 0, rise everywhere and end with 1, else the loss is no bound",
+                )
+        if sigma is not None and sigma[0] >= sigma[1]:
+            yield about("objective.schedule_sigma", sigma, "expected two rising numbers, else the schedule falls")
 
 
 class SourceSection(Section):
@@ -329,6 +539,11 @@ class DataSection(Section):
         description="share of samples cut to a length drawn uniformly from 1 to sequence_length; null = 0.01, for the "
         "objective ar 0"
     )
+    random_length_group: Positive = Field(
+        default=1,
+        description="successive sample positions that are cut to the same length: 1 decides for each sample, LLaDA for "
+        "a whole micro-batch",
+    )
     isolate_documents: bool = Field(default=False, description="tokens see only their own document within a packed row")
     skip: tuple[tuple[NonNegative, Positive], ...] = Field(
         default=(), description="ranges of sample positions to leave out, each [first, one past the last]"
@@ -342,6 +557,12 @@ class DataSection(Section):
     def contradictions(self) -> Iterator[Mistake]:
         if not self.train:
             yield Mistake("data.train", "data.train is missing: expected a list of data sets, each {path, weight}")
+        if self.random_length_group > 1 and not self.random_length_prob:
+            yield about(
+                "data.random_length_group",
+                self.random_length_group,
+                "expected 1, since data.random_length_prob is 0: nothing is cut",
+            )
         if self.order == "cubic_prime" and len(self.train) > 1:
             yield about("data.order", self.order, f"expected keyed, since data.train has {len(self.train)} sources")
         for i, (start, end) in enumerate(self.skip):
@@ -572,7 +793,15 @@ def _evaluation_has_data(parts: Mapping[str, Any]) -> Iterator[Mistake]:
 
 
 def _objective_fits(parts: Mapping[str, Any]) -> Iterator[Mistake]:
-    if "objective" not in parts or parts["objective"].name != "ar":
+    if "objective" not in parts:
+        return
+    if "data" in parts and parts["objective"].shift and parts["data"].isolate_documents:
+        yield about(
+            "objective.shift",
+            True,
+            "expected false, since data.isolate_documents is true: the token in front of a document does not see it",
+        )
+    if parts["objective"].name != "ar":
         return
     if "model" in parts and parts["model"].direction != "causal":
         yield about(
@@ -657,7 +886,8 @@ def _qwen3_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
 def default_values(backbone: object, optimizer: object, objective: object, model: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults that hang on other values, by full key.
 
-    ar cuts no rows: a causal model meets every length in each of them.
+    ar cuts no rows: a causal model meets every length in each of them. dllm draws as that program does (ZHZisZZ/dllm);
+    soft_ce weighs as Qwen3llada does, whose smoothing is 0.1.
     rwkv7: BlinkDL's recipe for x070 (RWKV-LM). qwen3: the usual AdamW of language models. Lion: Chen et al.,
     "Symbolic Discovery of Optimization Algorithms", 2023: its second beta and a learning rate several times
     smaller than AdamW's.
@@ -667,7 +897,13 @@ def default_values(backbone: object, optimizer: object, objective: object, model
         values |= {"model.direction": "causal", "data.random_length_prob": 0.0}
     else:
         values |= {"model.direction": "bidirectional", "data.random_length_prob": 0.01}
-        values |= {"objective.schedule": "linear", "objective.masking": "exact"}
+        values |= {"objective.schedule": "linear", "objective.masking": "exact", "objective.times": "stratified"}
+        values |= {"objective.weighting": "elbo", "objective.normalization": "tokens"}
+    if objective == "dllm":
+        values |= {"objective.masking": "bernoulli", "objective.times": "independent"}
+        values |= {"objective.normalization": "maskable"}
+    if objective == "soft_ce":
+        values |= {"objective.weighting": "inverse_rate", "objective.label_smoothing": 0.1}
     if backbone == "rwkv7":
         values["model.wkv7_kernel"] = "auto"
         if model.get("init_from") is None:

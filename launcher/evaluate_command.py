@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.trained_as import OBJECTIVES, objective_of, trained_identity
+from launcher.trained_as import OBJECTIVES, objective_of, shifted, trained_identity
 
 if TYPE_CHECKING:
     import torch
@@ -115,6 +115,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
                 batch_size=arguments.batch_size,
                 isolate_documents=isolate,
                 objective=objective,
+                shift=objective == "mdlm" and shifted(arguments.checkpoint),
                 advance=advance,
             )
     if rank:

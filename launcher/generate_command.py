@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.trained_as import objective_of
+from launcher.trained_as import objective_of, shifted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +104,7 @@ def _by_remasking(model: Any, tokenizer: Tokenizer, prompt: str, arguments: argp
         seed=arguments.seed,
         remasking=arguments.remasking or "low_confidence",
         forbidden_ids=ids_without_text(tokenizer, model.config.vocab_size),
+        shifted_behind=tokenizer.eos_id if shifted(Path(arguments.model)) else None,
     )
     if not arguments.infill:
         length = _DEFAULT_LENGTH if arguments.length is None else arguments.length

@@ -21,12 +21,14 @@ def trained_identity(checkpoint: Path) -> dict[str, Any]:
 
 
 def objective_of(checkpoint: Path, direction: str, wanted: str | None, tell: bool = True) -> str:
-    """`wanted`, else the objective that `checkpoint` was trained with; `direction` is its model's.
+    """`wanted`, else what `checkpoint` was trained as: `ar`, or `mdlm` for any masked objective.
 
-    Where nothing says it, a causal model counts as `ar` and any other as `mdlm`; with `tell` a note says so on
-    standard error. Raises ValueError for `ar` with a model that sees later tokens.
+    `direction` is its model's. Where nothing says it, a causal model counts as `ar` and any other as `mdlm`; with
+    `tell` a note says so on standard error. Raises ValueError for `ar` with a model that sees later tokens.
     """
     name = wanted or trained_identity(checkpoint).get("objective.name")
+    if name is not None and name != "ar":
+        name = "mdlm"
     if name is None:
         name = "ar" if direction == "causal" else "mdlm"
         if tell:
@@ -36,3 +38,8 @@ def objective_of(checkpoint: Path, direction: str, wanted: str | None, tell: boo
     if name == "ar" and direction != "causal":
         raise ValueError(f"the objective ar needs a causal model, and that of {checkpoint} is {direction}")
     return str(name)
+
+
+def shifted(checkpoint: Path) -> bool:
+    """Whether the model predicts a token at the place in front of it; false where nothing says it."""
+    return bool(trained_identity(checkpoint).get("objective.shift", False))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dlm_dist.config import BatchPlan, ConfigError, RunConfig, load_config, resolve_batch, to_yaml, updated
+from dlm_dist.diffusion.objectives import OBJECTIVES, Vocabulary
 from dlm_dist.settings import Section
 
 RWKV7 = """
@@ -70,11 +71,71 @@ def test_given_values_and_null_beat_and_take_defaults(write):
 def test_defaults_by_objective(write, backbone):
     mdlm, ar = load_config(write(backbone)), load_config(write(backbone), ["objective.name=ar"])
     assert (mdlm.objective.name, mdlm.model.direction, mdlm.data.random_length_prob) == ("mdlm", "bidirectional", 0.01)
-    assert mdlm.objective.settings() == {"schedule": "linear", "masking": "exact"}
+    assert mdlm.objective.settings() == {
+        "schedule": "linear",
+        "masking": "exact",
+        "times": "stratified",
+        "weighting": "elbo",
+        "normalization": "tokens",
+    }
     assert (ar.model.direction, ar.data.random_length_prob, ar.objective.settings()) == ("causal", 0.0, {})
     for config in (mdlm, ar):
         assert load_config(write(to_yaml(config))) == config
     assert load_config(write(backbone), ["objective.name=ar", "data.random_length_prob=0.5"]).data.random_length_prob
+
+
+def test_objectives_have_the_defaults_of_their_makers(write):
+    """What the configuration fills in is what the makers in diffusion do by themselves."""
+    vocabulary = Vocabulary(mask_id=3, eos_id=0)
+    for name in ("mdlm", "dllm", "soft_ce"):
+        config = load_config(write(RWKV7), [f"objective.name={name}"])
+        assert load_config(write(to_yaml(config))) == config
+        assert OBJECTIVES[name](seed=1, vocabulary=vocabulary, **config.objective.settings()) == OBJECTIVES[name](
+            seed=1, vocabulary=vocabulary
+        )
+
+
+def test_other_names_are_resolved(write):
+    config = load_config(write(RWKV7), ["objective.name=guidelines", "objective.schedule=log_linear"])
+    assert (config.objective.name, config.objective.schedule) == ("mdlm", "linear")
+    assert load_config(write(RWKV7), ["objective.schedule=uniform"]).objective.schedule == "linear"
+    assert load_config(write(to_yaml(config))) == config
+
+
+def test_every_key_of_the_objective_survives_a_round_trip(write):
+    overrides = [
+        "objective.schedule=geometric",
+        "objective.schedule_sigma=[1e-3, 10]",
+        "objective.masking=bernoulli",
+        "objective.times=independent",
+        "objective.t_min=0.1",
+        "objective.t_max=0.9",
+        "objective.min_masking_rate=0.05",
+        "objective.weighting=cart",
+        "objective.cart_p=0.3",
+        "objective.reweight_cap=10",
+        "objective.normalization=scored",
+        "objective.noise_type=random_replace",
+        "objective.mask_contiguous_region_prob=0.1",
+        "objective.two_segment_prob=0.2",
+        "objective.protected_tokens=[eos, 7]",
+        "objective.draws_per_row=2",
+        "objective.complementary_prob=0.5",
+        "objective.token_to_token_rate=0.1",
+        "objective.token_to_token_weight=0.5",
+        "objective.shift=true",
+        "objective.confidence_weight=0.3",
+    ]
+    config = load_config(write(RWKV7), overrides)
+    assert load_config(write(to_yaml(config))) == config
+    made = OBJECTIVES["mdlm"](
+        seed=1, vocabulary=Vocabulary(mask_id=9, eos_id=0, size=10), **config.objective.settings()
+    )
+    assert made.schedule_parameters == {"sigma_min": 1e-3, "sigma_max": 10.0}
+    assert made.protected_tokens == ("eos", "7")
+    assert made.head_settings() == {"confidence_weight": 0.3}
+    # All but the settings that leave the bound as it is.
+    assert len(made.not_a_bound()) == 12
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E+2", 100.0), ("3", 3.0), (".5e-1", 0.05)])
@@ -192,10 +253,56 @@ def test_the_nearest_key(write, key, nearest):
         (QWEN3, ["model.head_size=32"], "model.head_size is 32: a key of rwkv7 only"),
         (RWKV7, [*AR, "model.direction=bidirectional"], 'model.direction is "bidirectional": expected causal, since'),
         (QWEN3, [*AR, "model.direction=bidirectional"], 'model.direction is "bidirectional": expected causal, since'),
-        (RWKV7, [*AR, "objective.schedule=linear"], 'objective.schedule is "linear": a key of mdlm only, and obj'),
-        (RWKV7, [*AR, "objective.masking=exact"], 'objective.masking is "exact": a key of mdlm only, and obj'),
+        (
+            RWKV7,
+            [*AR, "objective.schedule=linear"],
+            'objective.schedule is "linear": a key of mdlm, dllm and soft_ce only, and objective.name is ar: remove it',
+        ),
+        (RWKV7, [*AR, "objective.masking=exact"], 'objective.masking is "exact": a key of mdlm, dllm and soft_ce only'),
+        (RWKV7, ["objective.label_smoothing=0.2"], "objective.label_smoothing is 0.2: a key of soft_ce only, and obj"),
+        (RWKV7, ["objective.schedule_exponent=3"], "a key of power only, and objective.schedule is linear: remove it"),
+        (RWKV7, ["objective.schedule_steepness=3"], "a key of sigmoid only, and objective.schedule is linear"),
+        (
+            RWKV7,
+            ["objective.cart_p=0.3"],
+            "objective.cart_p is 0.3: a key of cart only, and objective.weighting is elbo",
+        ),
+        (RWKV7, ["objective.soft_tail_p=0.3"], "objective.soft_tail_p is 0.3: a key of soft_tail only"),
+        (RWKV7, ["objective.schedule=table"], "objective.schedule_points is missing: the schedule table needs its sh"),
+        (
+            RWKV7,
+            ["objective.schedule=table", "objective.schedule_points=[0, 0.5, 0.4, 1]"],
+            "objective.schedule_points is [0.0, 0.5, 0.4, 1.0]: expected shares that start with 0, rise everywhere",
+        ),
+        (
+            RWKV7,
+            ["objective.schedule=table", "objective.schedule_points=[0.1, 1]"],
+            "expected shares that start with 0, rise everywhere and end with 1, else the loss is no bound",
+        ),
+        (
+            RWKV7,
+            ["objective.schedule=geometric", "objective.schedule_sigma=[20, 1e-4]"],
+            "objective.schedule_sigma is [20.0, 0.0001]: expected two rising numbers, else the schedule falls",
+        ),
+        (RWKV7, ["objective.t_min=0.8", "objective.t_max=0.3"], "objective.t_min is 0.8: expected less than obje"),
+        (
+            RWKV7,
+            ["objective.complementary_prob=0.5"],
+            "objective.complementary_prob is 0.5: expected objective.draws_per_row 2, which is None",
+        ),
+        (RWKV7, ["objective.token_to_token_weight=2"], "expected null, since objective.token_to_token_rate is 0"),
+        (
+            RWKV7,
+            ["objective.shift=true", "data.isolate_documents=true"],
+            "objective.shift is true: expected false, since data.isolate_documents is true",
+        ),
+        (
+            RWKV7,
+            ["data.random_length_group=4", "data.random_length_prob=0"],
+            "data.random_length_group is 4: expected 1, since data.random_length_prob is 0: nothing is cut",
+        ),
         (RWKV7, [*AR, "train.eval_draws=4"], "train.eval_draws is 4: expected 1, since the objective ar"),
-        (RWKV7, ["objective.name=arr"], 'objective.name is "arr": expected mdlm or ar'),
+        (RWKV7, ["objective.name=arr"], 'objective.name is "arr": expected one of mdlm, dllm, soft_ce, ar'),
         (QWEN3, ["model.tie_directions=true"], "model.tie_directions is true: expected false, since only rwkv7"),
         (
             RWKV7,

@@ -137,8 +137,5 @@ def visible_documents(
 
 def text_bytes_of(row_bytes: IntArray, tokens: IntArray, there: BoolArray, token_bytes: IntArray | None) -> IntArray:
     """Bytes of text [B] of the tokens that are there: `row_bytes` [B] where a row is whole, else by id."""
-    if there.all():
-        return row_bytes
-    if token_bytes is None:
-        return np.where(there.all(axis=1), row_bytes, -1)
-    return np.where(there, token_bytes[tokens], 0).sum(axis=1).astype(np.int64)
+    cut = np.where(there, 0 if token_bytes is None else token_bytes[tokens], 0).sum(axis=1).astype(np.int64)
+    return np.where(there.all(axis=1), row_bytes, -1 if token_bytes is None else cut)

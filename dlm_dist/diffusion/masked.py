@@ -37,6 +37,7 @@ from dlm_dist.diffusion.corruption import (
 )
 from dlm_dist.diffusion.schedules import Schedule, make_schedule
 from dlm_dist.diffusion.weighting import SAMPLE_WEIGHTINGS, TOKEN_WEIGHTINGS, Level, cart_weights, recency_weights
+from dlm_dist.settings import ConfigError
 
 A = TypeVar("A", bound=np.generic)
 
@@ -172,7 +173,7 @@ class MaskedDiffusion:
     def corrupt(self, rows: RowsLike) -> NoisyBatch:
         """Corrupt rows [B, T] into B * draws_per_row samples.
 
-        Raises ValueError where a row holds the mask token.
+        Raises ConfigError where a row holds the mask token.
         """
         samples, lengths = self._samples(rows)
         hidden, weights, times = self._hide(samples, rows.document_ids)
@@ -209,9 +210,12 @@ class MaskedDiffusion:
         tokens = rows.tokens.astype(np.int64)
         masked = (tokens == self.vocabulary.mask_id).any(axis=1)
         if masked.any():
-            raise ValueError(
-                f"The row at data position {rows.positions[masked][0]} holds the mask token's id "
-                f"{self.vocabulary.mask_id} as text: build the data with a mask token that occurs in none."
+            raise ConfigError(
+                [
+                    f"the row at position {rows.positions[masked][0]} holds the mask token's id "
+                    f"{self.vocabulary.mask_id} as text: use a tokenizer whose mask token occurs in none"
+                ],
+                "the data",
             )
         lengths = random_lengths(
             self.seed, rows.positions, tokens.shape[1], self.random_length_prob, self.random_length_group

@@ -48,6 +48,7 @@ class Autoregressive:
     seed: int
     vocabulary: Vocabulary
     random_length_prob: float = 0.0
+    random_length_group: int = 1
     isolate_documents: bool = False
     name: str = "ar"
     is_bound: bool = True
@@ -57,7 +58,9 @@ class Autoregressive:
 
     def corrupt(self, rows: RowsLike) -> NoisyBatch:
         tokens = rows.tokens.astype(np.int64)
-        lengths = random_lengths(self.seed, rows.positions, tokens.shape[1], self.random_length_prob)
+        lengths = random_lengths(
+            self.seed, rows.positions, tokens.shape[1], self.random_length_prob, self.random_length_group
+        )
         there = np.arange(tokens.shape[1]) < lengths[:, None]
         inputs = np.concatenate([rows.before[:, None].astype(np.int64), tokens[:, :-1]], axis=1)
         documents = None

@@ -58,6 +58,7 @@ class DecodingOptions(TypedDict, total=False):
     seed: int
     remasking: str
     forbidden_ids: Sequence[int]
+    shifted_behind: int | None
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Decoding:
     remasking: which tokens a step keeps. "low_confidence" keeps those with the highest probability (at temperature
         1), ties going to the left; "random" keeps random ones.
     forbidden_ids: never written, and out of the probabilities, as the mask token always is.
+    shifted_behind: for a model trained with `objective.shift`, which predicts a token at the place in front of it: the
+        id that stands in front of each row (end of text). None for other models.
     """
 
     steps: int
@@ -80,6 +83,7 @@ class Decoding:
     seed: int = 0
     remasking: str = "low_confidence"
     forbidden_ids: Sequence[int] = ()
+    shifted_behind: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -215,6 +219,7 @@ class _Sampler:
     def __init__(self, decoding: Decoding, mask_id: int, device: torch.device) -> None:
         self.temperature = decoding.temperature
         self.remasking = decoding.remasking
+        self.shifted_behind = decoding.shifted_behind
         self.excluded = torch.tensor(sorted({mask_id, *decoding.forbidden_ids}), device=device)
         self.generator = torch.Generator(device).manual_seed(decoding.seed)
 
@@ -246,8 +251,13 @@ def _predict(
     model: PreTrainedModel, sampler: _Sampler, ids: Tensor, hidden: Tensor, document_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A token [B, T] for each hidden position, and how sure it is [B, T] fp32 (-inf elsewhere)."""
+    inputs = ids
+    if sampler.shifted_behind is not None:
+        inputs = torch.cat([torch.full_like(ids[:, :1], sampler.shifted_behind), ids], dim=1)
+        if document_ids is not None:
+            document_ids = torch.cat([document_ids[:, :1], document_ids], dim=1)
     with evaluating(model):
-        logits = model(input_ids=ids, document_ids=document_ids).logits
+        logits = model(input_ids=inputs, document_ids=document_ids).logits  # [B, T], shifted: [B, T + 1]
     rows, columns = hidden.nonzero(as_tuple=True)
     tokens = ids.clone()
     confidence = torch.full(ids.shape, -torch.inf, device=ids.device)

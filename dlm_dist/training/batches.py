@@ -29,7 +29,7 @@ class RankStep:
     counts: NDArray[np.int64]
     """[3] tokens that the rows account for, tokens that enter the loss, bytes of text (far below 0: unknown)."""
     digests: NDArray[np.uint8]
-    """[2, rows of this rank, 32] SHA-256 of each row's tokens, and of its mask, time and length."""
+    """[2, rows of this rank, 32] SHA-256 of each row's tokens, and of its mask, inputs, time and length."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def _digests(batch: NoisyBatch) -> NDArray[np.uint8]:
     for i in range(len(batch.positions)):
         rows.append(hashlib.sha256(batch.targets[i].astype("<i8").tobytes()).digest())
         drawn = hashlib.sha256(np.packbits(batch.masks[i]).tobytes())
+        drawn.update(batch.inputs[i].astype("<i8").tobytes())
         drawn.update(batch.times[i : i + 1].astype("<f8").tobytes())
         drawn.update(batch.lengths[i : i + 1].astype("<i8").tobytes())
         noise.append(drawn.digest())
@@ -107,7 +108,8 @@ def gather_totals(step: RankStep, group: dist.ProcessGroup | None) -> StepTotals
     sums = np.ascontiguousarray(raw[:, : step.counts.nbytes]).view("<i8").sum(axis=0)
     digests = raw[:, step.counts.nbytes :].reshape(len(parts), 2, -1)
     return StepTotals(
-        denominator=int(sums[0]),
+        # A step without any token that counts has a loss of 0, not of 0 / 0.
+        denominator=max(1, int(sums[0])),
         supervised=int(sums[1]),
         text_bytes=int(sums[2]) if sums[2] >= 0 else None,
         rows_sha256=hashlib.sha256(digests[:, 0].tobytes()).hexdigest(),

@@ -68,7 +68,8 @@ class Callbacks:
             num_rows=settings.eval_rows,
             draws=settings.eval_draws,
             isolate_documents=self.config.data.isolate_documents,
-            objective=self.config.objective.name,
+            objective="ar" if self.config.objective.name == "ar" else "mdlm",
+            shift=bool(self.config.objective.shift),
         )
         if self.log is not None:
             self.log.evaluation(
@@ -97,7 +98,14 @@ class Callbacks:
                 forbidden_ids=ids_without_text(tokenizer, model.config.vocab_size),
             )
         else:
-            ids = generate(model, self.side.prompt, SAMPLE_TOKENS, steps=SAMPLE_TOKENS // 2, seed=step)
+            ids = generate(
+                model,
+                self.side.prompt,
+                SAMPLE_TOKENS,
+                steps=SAMPLE_TOKENS // 2,
+                seed=step,
+                shifted_behind=tokenizer.eos_id if self.config.objective.shift else None,
+            )
         model.train()
         if self.log is not None:
             self.log.sample(step, tokenizer.decode(until_the_end(ids, tokenizer.eos_id)))

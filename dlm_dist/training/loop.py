@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,8 @@ class Trainer:
     host_group: dist.ProcessGroup | None
     read_ahead: ReadAhead[RankStep]
     is_bound: bool
+    head_settings: Mapping[str, float]
+    """Further arguments of the model's training forward, from the objective."""
     peak_flops: float
     """FLOP/s of all ranks together, for MFU."""
     log: MetricsLog | None
@@ -125,7 +127,9 @@ class Trainer:
         """
         scale = dist.get_world_size() / totals.denominator
         l2wrap = self.config.objective.l2wrap
-        extra = {"l2wrap": l2wrap * totals.denominator / max(1, totals.supervised)} if l2wrap else {}
+        extra = dict(self.head_settings)
+        if l2wrap:
+            extra["l2wrap"] = l2wrap * totals.denominator / max(1, totals.supervised)
         total = torch.zeros((), device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
         for micro_batch in batch.micro_batches:
             loss_sum = self.engine(**on_device(micro_batch, self.device), **extra)
@@ -171,7 +175,7 @@ class Trainer:
         """Model FLOPs of a step: backward counts twice the forward, the head runs on scored rows only."""
         model, length = self.engine.module, self.config.data.sequence_length
         assert length is not None
-        tokens = self.plan.global_batch_size * length
+        tokens = self.plan.global_batch_size * (self.config.objective.draws_per_row or 1) * length
         body = model.flops_per_token(length) * tokens
         return 3.0 * (body + model.head_flops_per_row() * totals.supervised)
 

@@ -105,7 +105,8 @@ def run_identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]
     model = {key: value for key, value in tree["model"].items() if key not in free}
     # L2Wrap's strength may be changed on the way, as the learning rate and the weight decay may.
     objective = {key: value for key, value in tree["objective"].items() if key != "l2wrap"}
-    data = {key: tree["data"][key] for key in ("random_length_prob", "isolate_documents", "max_samples", "order")}
+    kept = ("random_length_prob", "random_length_group", "isolate_documents", "max_samples", "order")
+    data = {key: tree["data"][key] for key in kept}
     return {
         "run.seed": config.run.seed,
         **{f"model.{key}": value for key, value in model.items()},

@@ -44,6 +44,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = resolve_batch(config.train, world)
     sources = open_sources(config)
+    objective = make_objective(config, sources[0])
     side = SideInputs.open(config, sources[0])
     lock, lock_notes = lock_run_dir(config.run.dir)
     resumed, notes = find_resume(config.run.dir, resume)
@@ -91,7 +92,6 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         record.write(config)
         log = _open_log(config, progress, max_steps, resumed)
         log.console.line(record.headline(config))
-    objective = _objective(config, sources[0])
     size, pin = config.train.global_batch_size, device.type == "cuda"
     read_ahead = ReadAhead(
         lambda pos: prepare_step(stream.read, objective, stream.positions(pos, size), plan, rank, world, pin),
@@ -109,6 +109,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         host_group=host_group,
         read_ahead=read_ahead,
         is_bound=objective.is_bound,
+        head_settings=objective.head_settings(),
         peak_flops=record.gemm_peak_flops,
         log=log,
         evaluate=callbacks.evaluate if side.validation is not None else None,
@@ -172,14 +173,27 @@ def _wkv7_backend(config: RunConfig, device: torch.device) -> tuple[wkv7.Backend
     return backend, [fallback] if fallback is not None else []
 
 
-def _objective(config: RunConfig, source: Source) -> Objective:
-    return OBJECTIVES[config.objective.name](
-        seed=config.run.seed,
-        vocabulary=Vocabulary(source.mask_id, source.eos_id, source.token_bytes),
-        random_length_prob=config.data.random_length_prob,
-        isolate_documents=config.data.isolate_documents,
-        **config.objective.settings(),
-    )
+def make_objective(config: RunConfig, source: Source) -> Objective:
+    """The objective of a run on `source`. Raises ConfigError where its settings make none."""
+    settings = config.objective.settings()
+    if config.data.random_length_prob:
+        settings |= {"random_length_prob": config.data.random_length_prob}
+        settings |= {"random_length_group": config.data.random_length_group}
+    try:
+        return OBJECTIVES[config.objective.name](
+            seed=config.run.seed,
+            vocabulary=vocabulary(source),
+            isolate_documents=config.data.isolate_documents,
+            **settings,
+        )
+    except ValueError as error:
+        raise ConfigError([f"objective: {error}"]) from error
+
+
+def vocabulary(source: Source) -> Vocabulary:
+    """What an objective needs to know of the source's tokenizer."""
+    pad_id = source.load_tokenizer().pad_id
+    return Vocabulary(source.mask_id, source.eos_id, source.token_bytes, source.vocab_size, {"pad": pad_id})
 
 
 def _open_log(config: RunConfig, progress: Progress, max_steps: int, resumed: Resume | None) -> MetricsLog:

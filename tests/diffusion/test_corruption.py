@@ -6,14 +6,15 @@ import pytest
 from data_pipeline.rows import Rows
 from dlm_dist import randomness
 from dlm_dist.diffusion.corruption import (
-    bernoulli_masks,
-    exact_count_masks,
+    hide_counted,
+    hide_independently,
+    hide_span,
     keyed_words,
+    random_ids,
     random_lengths,
     stratified_times,
 )
 from dlm_dist.diffusion.objectives import MaskedDiffusion, Vocabulary
-from dlm_dist.diffusion.schedules import SCHEDULES
 
 MASK, EOS = 99, 50
 
@@ -78,68 +79,53 @@ def test_random_lengths_rate_and_spread():
     assert (random_lengths(7, positions[:50], 10, 0.0) == 10).all()
 
 
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-def test_schedule_contract(schedule):
-    s = SCHEDULES[schedule]
-    t = np.linspace(0, 1, 1001)
-    assert abs(s.rate(t)[[0, -1]] - [0, 1]).max() < 1e-15
-    assert (np.diff(s.rate(t)) > 0).all()
-    middle = t[1:-1]
-    numeric = (s.rate(middle + 1e-6) - s.rate(middle - 1e-6)) / 2e-6
-    assert abs(s.derivative(middle) - numeric).max() < 1e-8
-    assert abs(s.inverse(s.rate(t)) - t).max() < 1e-7
+def test_lengths_are_drawn_for_aligned_groups():
+    positions = np.arange(4000)
+    lengths = random_lengths(7, positions, 1000, 0.5, group=4).reshape(-1, 4)
+    assert (lengths == lengths[:, :1]).all()
+    assert abs((lengths[:, 0] < 1000).mean() - 0.5) < 4 * 0.5 / np.sqrt(len(lengths))
+    assert (random_lengths(7, positions[6:9], 1000, 0.5, group=4) == lengths.reshape(-1)[6:9]).all()
 
 
-def exact_bound(cost):
-    """Sum over k of (1/k) * k * cost[k] nats of a row whose hidden tokens cost cost[k] each when k are hidden."""
-    return sum(cost[k] for k in range(1, len(cost)))
-
-
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-@pytest.mark.parametrize("masking", [exact_count_masks, bernoulli_masks])
-def test_both_maskings_are_unbiased(schedule, masking):
-    length, samples = 8, 60_000
-    cost = np.concatenate([[0.0], np.linspace(0.2, 3.0, length)])
-    # Independent times, so that the standard error is that of independent samples.
-    times = randomness.uniform(1, "independent", 0, samples)
-    words = randomness.uint64(2, "words", 0, samples * length).reshape(samples, length)
-    masks, weights = masking(SCHEDULES[schedule], times, np.full(samples, length), words)
-    hidden = masks.sum(axis=1)
-    estimates = weights * hidden * cost[hidden]
-    error = estimates.std() / np.sqrt(samples)
-    assert abs(estimates.mean() - exact_bound(cost)) < 4 * error
-
-
-def test_exact_masks_hide_exactly_and_evenly():
+def test_counted_masks_hide_exactly_and_evenly():
     length, samples = 12, 20_000
     positions = np.arange(samples)
-    lengths = np.where(positions % 2 == 0, length, 5)
-    times = stratified_times(0, positions)
-    masks, weights = exact_count_masks(SCHEDULES["linear"], times, lengths, keyed_words(0, positions, length))
-    hidden = masks.sum(axis=1)
-    assert (hidden == np.clip(np.ceil(times * lengths), 1, lengths)).all()
-    assert np.allclose(weights, lengths / hidden, rtol=1e-12)
-    assert not masks[lengths == 5][:, 5:].any()
-    share = masks[lengths == length].mean(axis=0)
+    eligible = np.ones((samples, length), dtype=bool)
+    eligible[1::2, 5:] = False
+    counts = np.clip(positions % 13, 0, eligible.sum(axis=1))
+    masks = hide_counted(eligible, counts, keyed_words(0, positions, length))
+    assert (masks.sum(axis=1) == counts).all()
+    assert not (masks & ~eligible).any()
+    share = masks[0::2].mean(axis=0)
     assert (abs(share - share.mean()) < 4 * 0.5 / np.sqrt(samples / 2)).all()
 
 
-def test_stratified_exact_counts_lower_the_spread_of_a_batch_loss():
-    # Analytic model: each hidden token costs cost(k / l); compare the spread of batch-of-8 losses.
-    length, batches = 64, 4000
-    positions = np.arange(8 * batches)
-    lengths = np.full(len(positions), length)
-    cost = 0.3 + 4.0 * (np.arange(length + 1) / length) ** 2
-    words = keyed_words(4, positions, length)
+def test_independent_masks_hide_at_their_rates():
+    positions = np.arange(20_000)
+    eligible = np.ones((len(positions), 4), dtype=bool)
+    eligible[:, 2] = False
+    rates = np.where(positions % 2 == 0, 0.2, 0.9)
+    masks = hide_independently(eligible, rates, keyed_words(0, positions, 4))
+    assert not masks[:, 2].any()
+    for start, rate in ((0, 0.2), (1, 0.9)):
+        found = masks[start::2][:, [0, 1, 3]]
+        assert (abs(found.mean(axis=0) - rate) < 4 * np.sqrt(rate * (1 - rate) / len(found))).all()
 
-    def spread(masking, times):
-        masks, weights = masking(SCHEDULES["linear"], times, lengths, words)
-        hidden = masks.sum(axis=1)
-        return (weights * hidden * cost[hidden] / length).reshape(-1, 8).mean(axis=1).std()
 
-    ours = spread(exact_count_masks, stratified_times(4, positions))
-    theirs = spread(bernoulli_masks, randomness.uniform(5, "independent", 0, len(positions)))
-    assert theirs > 4 * ours
+def test_spans_lie_anywhere_and_step_over_what_may_not_be_hidden():
+    eligible = np.ones((6, 7), dtype=bool)
+    eligible[:, 3] = False
+    masks = hide_span(eligible, np.full(6, 2), np.arange(6) / 6 + 0.01)
+    assert [np.flatnonzero(row).tolist() for row in masks] == [[0, 1], [0, 1], [1, 2], [2, 4], [4, 5], [5, 6]]
+
+
+def test_random_ids_are_all_but_the_mask():
+    ids = random_ids(1, np.arange(3000), 3, "replace", vocab_size=5, mask_id=2)
+    counts = np.bincount(ids.reshape(-1), minlength=5)
+    assert counts[2] == 0
+    assert (abs(counts[[0, 1, 3, 4]] - 2250) < 4 * np.sqrt(9000 * 0.25 * 0.75)).all()
+    beyond = random_ids(1, np.arange(200), 3, "replace", vocab_size=5, mask_id=5)
+    assert set(np.unique(beyond)) == {0, 1, 2, 3, 4}
 
 
 def objective(**settings):

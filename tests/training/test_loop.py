@@ -38,6 +38,7 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0):
         device=torch.device("cpu"),
         host_group=None,
         read_ahead=None,
+        head_settings={},
         is_bound=True,
         peak_flops=1.0,
         log=None,
