@@ -168,6 +168,8 @@ def _require_whole(checkpoint: Path) -> None:
 
 
 def _described(weights: Weights[Any]) -> str:
+    from dlm_dist.models.conversion import TIED_HEAD
+
     config = weights.config
     if hasattr(config, "lora_ranks"):
         ranks = config.lora_ranks
@@ -176,7 +178,8 @@ def _described(weights: Weights[Any]) -> str:
     else:
         heads = f"{config.num_attention_heads} heads of {config.head_dim}, {config.num_key_value_heads} of keys"
         particular = f"embeddings {'tied' if config.tie_word_embeddings else 'not tied'}, {config.direction}"
-    numbers = [tensor.numel() for tensor in weights.tensors.values()]
+    shared = {TIED_HEAD} if config.tie_word_embeddings else set()
+    numbers = [tensor.numel() for name, tensor in weights.tensors.items() if name not in shared]
     return (
         f"{config.num_hidden_layers} layers, width {config.hidden_size}, {heads}, vocabulary {config.vocab_size}, "
         f"{particular}; {count(sum(numbers))} parameters, {str(weights.dtype).removeprefix('torch.')}"

@@ -93,6 +93,18 @@ def test_the_mask_takes_a_free_id_and_the_tokenizer_travels(
         assert torch.equal(tensor, half[name].bfloat16()), name
 
 
+def test_a_tied_head_that_is_stored_counts_once(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
+    assert dlm("convert", "--from", "qwen3", source, tmp_path / "ours") == 0
+    total = sum(parameter.numel() for parameter in models.load(tmp_path / "ours").parameters())
+    assert f"embeddings tied, causal; {total / 1000:.4g} k parameters" in capsys.readouterr().out
+
+
 def test_a_chosen_mask_id_goes_into_model_tokenizer_and_data(source: Path, tmp_path: Path) -> None:
     assert dlm("convert", "--from", "qwen3", source, tmp_path / "ours", "--mask-token-id", 300) == 0
     tokenizer = tokenizers.load(tmp_path / "ours" / "tokenizer")
