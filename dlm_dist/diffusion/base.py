@@ -96,6 +96,10 @@ class NoisyBatch:
     """[B] bytes of text that the `lengths` tokens stand for; -1 where unknown."""
     counted: IntArray | None = None
     """[B] tokens that each sample counts for in the mean loss; None: its `lengths`."""
+    clean: IntArray | None = None
+    """[B, L] clean ids, of which a token sees the blocks before its own (block diffusion)."""
+    block_ids: NDArray[np.int32] | None = None
+    """[B, L] the block of each token: none sees a later one; None: one block."""
 
     @property
     def denominator(self) -> int:

@@ -24,8 +24,8 @@ def host_inputs(batch: NoisyBatch, pin: bool) -> dict[str, torch.Tensor]:
         "targets": batch.targets.reshape(-1)[supervised],
         "weights": batch.weights.reshape(-1)[supervised],
     }
-    if batch.document_ids is not None:
-        arrays["document_ids"] = batch.document_ids
+    optional = {"document_ids": batch.document_ids, "clean_ids": batch.clean, "block_ids": batch.block_ids}
+    arrays |= {name: array for name, array in optional.items() if array is not None}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
 

@@ -1,0 +1,159 @@
+"""Block diffusion: each block is denoised with the clean blocks before it in sight (BD3-LM, LLaDA 2).
+
+A row is cut into blocks; every block has a time and a hidden set of its own, and is a masked-diffusion sample of its
+own length given its clean past. The sum over blocks of their bounds is a bound on the row's negative log-likelihood;
+blocks of one token are always hidden and give it exactly (Arriola et al., "Block Diffusion: Interpolating Between
+Autoregressive and Diffusion Language Models", 2025). The block length may follow a schedule in tokens (LLaDA 2.0's
+warm-up, stable and decay phases).
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlm_dist import randomness
+from dlm_dist.diffusion.base import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    NoisyBatch,
+    RowsLike,
+    Vocabulary,
+    text_bytes_of,
+    visible_documents,
+)
+from dlm_dist.diffusion.corruption import (
+    hide_counted,
+    hide_independently,
+    keyed_words,
+    random_lengths,
+    stratified_times,
+)
+from dlm_dist.diffusion.schedules import Schedule, make_schedule
+from dlm_dist.diffusion.weighting import Level, elbo
+
+
+@dataclass(frozen=True)
+class BlockLengths:
+    """The block length as a function of the tokens that come before a sample in the data order.
+
+    `phases` are (tokens, length) pairs: each length applies to that many tokens, the last one to all that follow. The
+    length 0 stands for the whole row, which is masked diffusion. Raises ValueError for pairs that make no schedule.
+    """
+
+    phases: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.phases or any(tokens < 0 or length < 0 for tokens, length in self.phases):
+            raise ValueError(f"block_lengths is {list(self.phases)}: expected pairs [tokens, length] of 0 or more.")
+
+    def check(self, sequence_length: int) -> None:
+        """Raises ValueError where a length does not divide the rows."""
+        for _, length in self.phases:
+            if length and sequence_length % length:
+                raise ValueError(f"The block length {length} does not divide rows of {sequence_length} tokens.")
+
+    def at(self, positions: IntArray, sequence_length: int) -> IntArray:
+        """The block length of each sample [B]: a function of its position, so the same for any batch and resume."""
+        ends = list(itertools.accumulate(tokens for tokens, _ in self.phases[:-1]))
+        lengths = [length or sequence_length for _, length in self.phases]
+        phase = [bisect.bisect_right(ends, int(position) * sequence_length) for position in positions]
+        return np.array([lengths[number] for number in phase], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class BlockDiffusion:
+    """Noisy blocks beside their clean row. Each block has a time; times are stratified over the blocks of the data.
+
+    t_min, t_max: times are drawn from this range only (BD3-LM's clipped schedules: less variance, and no bound).
+    Raises ValueError for values that make no objective.
+    """
+
+    seed: int
+    vocabulary: Vocabulary
+    block_lengths: BlockLengths
+    schedule: str = "linear"
+    schedule_parameters: Mapping[str, object] = field(default_factory=dict)
+    masking: str = "exact"
+    t_min: float = 0.0
+    t_max: float = 1.0
+    random_length_prob: float = 0.0
+    random_length_group: int = 1
+    isolate_documents: bool = False
+    name: str = "block"
+
+    def __post_init__(self) -> None:
+        if self.masking not in ("exact", "bernoulli"):
+            raise ValueError(f"masking is {self.masking!r}: expected one of exact, bernoulli.")
+        if not 0.0 <= self.t_min < self.t_max <= 1.0:
+            raise ValueError(f"t_min is {self.t_min} and t_max is {self.t_max}: expected 0 <= t_min < t_max <= 1.")
+        assert self._schedule.name
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return make_schedule(self.schedule, **self.schedule_parameters)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the mean loss is an unbiased estimate of a bound on the negative log-likelihood."""
+        return (self.t_min, self.t_max) == (0.0, 1.0)
+
+    def head_settings(self) -> dict[str, float]:
+        return {}
+
+    def corrupt(self, rows: RowsLike) -> NoisyBatch:
+        """Corrupt rows [B, T]. Raises ValueError where a block length does not divide T."""
+        tokens = rows.tokens.astype(np.int64)
+        batch, length = tokens.shape
+        self.block_lengths.check(length)
+        sizes = self.block_lengths.at(rows.positions, length)
+        lengths = random_lengths(self.seed, rows.positions, length, self.random_length_prob, self.random_length_group)
+        words = keyed_words(self.seed, rows.positions, length)
+        hidden, weights, times = np.zeros((batch, length), np.bool_), np.zeros((batch, length)), np.zeros(batch)
+        for size in np.unique(sizes):
+            of_size = np.flatnonzero(sizes == size)
+            found = self._blocks(rows.positions[of_size], lengths[of_size], words[of_size], int(size))
+            hidden[of_size], weights[of_size], times[of_size] = found
+        there = np.arange(length) < lengths[:, None]
+        one_block = bool((sizes == length).all())
+        return NoisyBatch(
+            inputs=np.where(hidden | ~there, self.vocabulary.mask_id, tokens),
+            targets=tokens,
+            weights=weights.astype(np.float32),
+            document_ids=visible_documents(rows.document_ids, there, self.isolate_documents),
+            times=times,
+            lengths=lengths,
+            positions=rows.positions,
+            text_bytes=text_bytes_of(rows.text_bytes, tokens, there, self.vocabulary.token_bytes),
+            # Where every row is one block nothing clean lies before it: half of the work is left out.
+            clean=None if one_block else tokens,
+            block_ids=None if one_block else (np.arange(length) // sizes[:, None]).astype(np.int32),
+        )
+
+    def _blocks(
+        self, positions: IntArray, lengths: IntArray, words: NDArray[np.uint64], size: int
+    ) -> tuple[BoolArray, FloatArray, FloatArray]:
+        """What is hidden [B, T] of rows in blocks of `size`, its weights [B, T], and the mean time of each row [B]."""
+        count = words.shape[1] // size
+        # Keyed by the length too: under another one, block j of a row is another piece of the data.
+        seed = randomness.derive_seed(self.seed, "block", str(size))
+        numbers = positions[:, None] * count + np.arange(count)
+        times = self.t_min + (self.t_max - self.t_min) * stratified_times(seed, numbers.reshape(-1))
+        inside = np.clip(lengths[:, None] - size * np.arange(count), 0, size).reshape(-1)
+        eligible = np.arange(size) < inside[:, None]
+        level = Level.at(self._schedule, times, inside, self.masking == "exact")
+        blocks = words.reshape(-1, size)
+        if level.counts is not None:
+            hidden = hide_counted(eligible, level.counts, blocks)
+        else:
+            hidden = hide_independently(eligible, level.rates, blocks)
+        weights = np.where(hidden, elbo(level, 0.0)[:, None], 0.0)
+        shape = (len(positions), count * size)
+        return hidden.reshape(shape), weights.reshape(shape), times.reshape(-1, count).mean(axis=1)
