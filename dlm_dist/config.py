@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, Field
 
-from dlm_dist import settings
+from dlm_dist import compatibility, settings
 from dlm_dist.settings import ConfigError, Mistake, Section, about, lookup
 
 
@@ -237,8 +237,6 @@ class ModelSection(Section):
             )
 
     def _qwen3(self) -> Iterator[Mistake]:
-        if self.direction not in ("causal", "bidirectional"):
-            yield about("model.direction", self.direction, "a scan of rwkv7; qwen3 knows causal and bidirectional")
         if self.tie_directions:
             yield about("model.tie_directions", True, "expected false, since only rwkv7 has scan directions")
         if self.num_attention_heads is None:
@@ -261,21 +259,22 @@ class ModelSection(Section):
 
 
 _MASKED = ("mdlm", "dllm", "soft_ce")
+_DRAWN = (*_MASKED, "block")
 _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
-    "schedule": _MASKED,
-    "schedule_exponent": _MASKED,
-    "schedule_steepness": _MASKED,
-    "schedule_sigma": _MASKED,
-    "schedule_points": _MASKED,
-    "masking": _MASKED,
+    "schedule": _DRAWN,
+    "schedule_exponent": _DRAWN,
+    "schedule_steepness": _DRAWN,
+    "schedule_sigma": _DRAWN,
+    "schedule_points": _DRAWN,
+    "masking": _DRAWN,
     "times": _MASKED,
-    "t_min": _MASKED,
-    "t_max": _MASKED,
+    "t_min": _DRAWN,
+    "t_max": _DRAWN,
     "min_masking_rate": _MASKED,
     "weighting": _MASKED,
     "cart_p": _MASKED,
-    "soft_tail_p": _MASKED,
-    "soft_tail_beta": _MASKED,
+    "soft_tail_p": (*_MASKED, "card"),
+    "soft_tail_beta": (*_MASKED, "card"),
     "reweight_cap": _MASKED,
     "normalization": _MASKED,
     "noise_type": _MASKED,
@@ -289,6 +288,8 @@ _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "shift": _MASKED,
     "label_smoothing": ("soft_ce",),
     "confidence_weight": _MASKED,
+    "block_lengths": ("block",),
+    "card_tail": ("card",),
 }
 """The objectives that each key belongs to."""
 
@@ -312,11 +313,15 @@ def _other_name(names: Mapping[str, str]) -> BeforeValidator:
 class ObjectiveSection(Section):
     """What is hidden, what is predicted and how it is weighed. Keys of other objectives must stay null."""
 
-    name: Annotated[Literal["mdlm", "dllm", "soft_ce", "ar"], _other_name({"guidelines": "mdlm"})] = Field(
-        default="mdlm",
-        description="mdlm (also: guidelines): absorbing-state masked diffusion with the unbiased bound as its loss; "
-        "dllm: the same with the draws of the program dllm; soft_ce: masked diffusion with smoothed labels; ar: causal "
-        "language modelling with the exact negative log-likelihood as its loss",
+    name: Annotated[Literal["mdlm", "dllm", "soft_ce", "block", "ar", "card"], _other_name({"guidelines": "mdlm"})] = (
+        Field(
+            default="mdlm",
+            description="mdlm (also: guidelines): absorbing-state masked diffusion with the unbiased bound as its loss; "
+            "dllm: the same with the draws of the program dllm; soft_ce: masked diffusion with smoothed labels; "
+            "block: each block is denoised with the clean blocks before it in sight (BD3-LM); ar: causal language modelling "
+            "with the exact negative log-likelihood as its loss; card: diffusion with a causal model that predicts every "
+            "token",
+        )
     )
     schedule: (
         Annotated[
@@ -426,6 +431,15 @@ class ObjectiveSection(Section):
         description="strength of the confidence term (LLaDA 2): the entropy of each scored token that is predicted "
         "right; above 0 the loss is no bound; null = 0",
     )
+    block_lengths: tuple[tuple[NonNegative, NonNegative], ...] | None = Field(
+        default=None,
+        description="block: how long blocks are, as phases [tokens, length]: a length holds for that many tokens of "
+        "data, the last one to the end; 0 = the whole row; each divides sequence_length; null = [[0, 32]]",
+    )
+    card_tail: Annotated[float, Field(ge=1.0)] | None = Field(
+        default=None,
+        description="card: of the last card_tail * N tokens N are hidden; 1 = just the last N; null = 1.5",
+    )
     l2wrap: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
         description="strength of the pull on each scored token's highest logit, which leaves the loss's value as it "
@@ -453,13 +467,15 @@ class ObjectiveSection(Section):
                 yield about(
                     f"objective.{key}", value, f"a key of {names} only, and objective.name is {self.name}: remove it"
                 )
+        if self.name in _DRAWN:
+            yield from self._drawn()
         if self.name in _MASKED:
             yield from self._masked()
 
-    def _masked(self) -> Iterator[Mistake]:
+    def _drawn(self) -> Iterator[Mistake]:
         for key, other, needed in _OBJECTIVE_NEEDS:
             value = getattr(self, key)
-            if value is not None and getattr(self, other) != needed:
+            if value is not None and self.name in _OBJECTIVE_KEYS[key] and getattr(self, other) != needed:
                 yield about(
                     f"objective.{key}",
                     value,
@@ -469,6 +485,10 @@ class ObjectiveSection(Section):
         low, high = self.t_min or 0.0, 1.0 if self.t_max is None else self.t_max
         if low >= high:
             yield about("objective.t_min", low, f"expected less than objective.t_max = {high}")
+        if self.block_lengths is not None and not self.block_lengths:
+            yield about("objective.block_lengths", [], "expected at least one phase [tokens, length]")
+
+    def _masked(self) -> Iterator[Mistake]:
         if self.complementary_prob and self.draws_per_row != 2:
             yield about(
                 "objective.complementary_prob",
@@ -801,17 +821,20 @@ def _objective_fits(parts: Mapping[str, Any]) -> Iterator[Mistake]:
             True,
             "expected false, since data.isolate_documents is true: the token in front of a document does not see it",
         )
-    if parts["objective"].name != "ar":
-        return
-    if "model" in parts and parts["model"].direction != "causal":
+    name = parts["objective"].name
+    if "model" in parts:
+        model = parts["model"]
+        reason = compatibility.refusal(name, model.backbone, model.direction)
+        if reason is not None:
+            yield about("model.direction", model.direction, f"expected {reason}")
+    if "train" in parts and parts["train"].sample_every is not None and name == "block":
+        every = parts["train"].sample_every
+        yield about("train.sample_every", every, "expected null: texts of block diffusion cannot be drawn yet")
+    if "train" in parts and parts["train"].eval_draws > 1 and name in ("ar", "card"):
         yield about(
-            "model.direction",
-            parts["model"].direction,
-            "expected causal, since objective.name is ar: a model that sees the next token has nothing to predict",
-        )
-    if "train" in parts and parts["train"].eval_draws > 1:
-        yield about(
-            "train.eval_draws", parts["train"].eval_draws, "expected 1, since the objective ar has nothing to draw"
+            "train.eval_draws",
+            parts["train"].eval_draws,
+            f"expected 1, since the likelihood of a model of the objective {name} is exact: nothing is drawn",
         )
 
 
@@ -886,18 +909,22 @@ def _qwen3_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
 def default_values(backbone: object, optimizer: object, objective: object, model: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults that hang on other values, by full key.
 
-    ar cuts no rows: a causal model meets every length in each of them. dllm draws as that program does (ZHZisZZ/dllm);
+    ar and card cut no rows: a causal model meets every length in each of them. dllm draws as that program does (ZHZisZZ/dllm);
     soft_ce weighs as Qwen3llada does, whose smoothing is 0.1.
     rwkv7: BlinkDL's recipe for x070 (RWKV-LM). qwen3: the usual AdamW of language models. Lion: Chen et al.,
     "Symbolic Discovery of Optimization Algorithms", 2023: its second beta and a learning rate several times
     smaller than AdamW's.
     """
     values: dict[str, Any] = {"optimizer.lr": 6e-4, "optimizer.betas": [0.9, 0.99], "optimizer.eps": 1e-18}
-    if objective == "ar":
+    if objective in ("ar", "card"):
         values |= {"model.direction": "causal", "data.random_length_prob": 0.0}
     else:
         values |= {"model.direction": "bidirectional", "data.random_length_prob": 0.01}
-        values |= {"objective.schedule": "linear", "objective.masking": "exact", "objective.times": "stratified"}
+        values |= {"objective.schedule": "linear", "objective.masking": "exact"}
+    if objective == "block":
+        values["objective.block_lengths"] = [[0, 32]]
+    elif objective not in ("ar", "card"):
+        values |= {"objective.times": "stratified"}
         values |= {"objective.weighting": "elbo", "objective.normalization": "tokens"}
     if objective == "dllm":
         values |= {"objective.masking": "bernoulli", "objective.times": "independent"}

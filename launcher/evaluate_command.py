@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.trained_as import OBJECTIVES, objective_of, shifted, trained_identity
+from launcher.trained_as import OBJECTIVES, block_length, objective_of, shifted, trained_identity
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,12 @@ def add_evaluate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
     add("--objective", choices=OBJECTIVES, help="how the rows are scored (default: as the checkpoint was trained)")
     add(
         "--draws", type=_positive, default=1, metavar="N", help="times and masks drawn per row (default: 1; ar: only 1)"
+    )
+    add(
+        "--block-length",
+        type=_positive,
+        metavar="N",
+        help="block: tokens per block (default: the last length that the checkpoint was trained with)",
     )
     add("--batch-size", type=_positive, default=8, metavar="N", help="rows per forward pass (default: 8)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): CUDA if there is one")
@@ -92,7 +98,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         objective = objective_of(arguments.checkpoint, model.direction, arguments.objective, tell=rank == 0)
         if objective == "ar" and arguments.draws > 1:
             raise ValueError(f"--draws is {arguments.draws}: the objective ar has nothing to draw, leave it out")
-        _require_vocabulary(model.config, source, arguments.checkpoint, masked=objective == "mdlm")
+        if arguments.block_length is not None and objective != "block":
+            raise ValueError(f"--block-length is {arguments.block_length}: the objective {objective} has no blocks")
+        _require_vocabulary(model.config, source, arguments.checkpoint, masked=objective != "ar")
         if rank == 0:
             for note in (*source.notes, *(train.notes if train is not None else ())):
                 print(f"note: {note}", file=sys.stderr)
@@ -105,6 +113,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         isolate = arguments.isolate_documents
         if isolate is None:
             isolate = bool(trained_identity(arguments.checkpoint).get("data.isolate_documents", False))
+        length = block_length(arguments.checkpoint, arguments.block_length)
         with progress("evaluate", rows * arguments.draws, "rows") if rank == 0 else nullcontext() as advance:
             bound = evaluate_bound(
                 model,
@@ -116,6 +125,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
                 isolate_documents=isolate,
                 objective=objective,
                 shift=objective == "mdlm" and shifted(arguments.checkpoint),
+                block_length=length if objective == "block" else 0,
                 advance=advance,
             )
     if rank:
@@ -131,6 +141,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         "rows": bound.rows,
         "sequence_length": source.sequence_length,
         "draws": bound.draws,
+        "block_length": length if objective == "block" else None,
         "isolate_documents": isolate,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device.type,

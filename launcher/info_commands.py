@@ -50,6 +50,20 @@ def add_info_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
         "a run here needs is missing or does not work.",
     )
     doctor.set_defaults(run=run_doctor)
+    objectives = subparsers.add_parser(
+        "objectives",
+        help="which objective runs on which backbone, in which direction",
+        description="Print the table objective x backbone x direction, and why a combination is refused.",
+    )
+    objectives.set_defaults(run=run_objectives)
+
+
+def run_objectives(arguments: argparse.Namespace) -> int:
+    """Print which objective runs where. Returns 0."""
+    from dlm_dist.compatibility import table
+
+    print(table())
+    return 0
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-OBJECTIVES = ("mdlm", "ar")
+OBJECTIVES = ("mdlm", "block", "ar")
 
 
 def trained_identity(checkpoint: Path) -> dict[str, Any]:
@@ -21,14 +21,14 @@ def trained_identity(checkpoint: Path) -> dict[str, Any]:
 
 
 def objective_of(checkpoint: Path, direction: str, wanted: str | None, tell: bool = True) -> str:
-    """`wanted`, else what `checkpoint` was trained as: `ar`, or `mdlm` for any masked objective.
+    """`wanted`, else how what `checkpoint` was trained as is scored: `ar` (and `card`), `block`, or `mdlm`.
 
     `direction` is its model's. Where nothing says it, a causal model counts as `ar` and any other as `mdlm`; with
     `tell` a note says so on standard error. Raises ValueError for `ar` with a model that sees later tokens.
     """
     name = wanted or trained_identity(checkpoint).get("objective.name")
-    if name is not None and name != "ar":
-        name = "mdlm"
+    if name is not None:
+        name = {"ar": "ar", "card": "ar", "block": "block"}.get(name, "mdlm")
     if name is None:
         name = "ar" if direction == "causal" else "mdlm"
         if tell:
@@ -38,6 +38,12 @@ def objective_of(checkpoint: Path, direction: str, wanted: str | None, tell: boo
     if name == "ar" and direction != "causal":
         raise ValueError(f"the objective ar needs a causal model, and that of {checkpoint} is {direction}")
     return str(name)
+
+
+def block_length(checkpoint: Path, wanted: int | None) -> int:
+    """`wanted`, else the last block length that `checkpoint` was trained with; 0, the whole row, if nothing says it."""
+    phases = trained_identity(checkpoint).get("objective.block_lengths")
+    return wanted if wanted is not None else int(phases[-1][1]) if phases else 0
 
 
 def shifted(checkpoint: Path) -> bool:

@@ -320,7 +320,11 @@ def test_the_nearest_key(write, key, nearest):
             ["model.direction=dw_jrt", "model.dw_jrt_gate_init=1"],
             "model.dw_jrt_gate_init is 1.0: expected null, or model.dw_jrt_gate true",
         ),
-        (QWEN3, ["model.direction=alternate"], 'model.direction is "alternate": a scan of rwkv7'),
+        (
+            QWEN3,
+            ["model.direction=alternate"],
+            'model.direction is "alternate": expected one of causal, bidirectional, the directions of qwen3',
+        ),
         (QWEN3, ["model.wkv7_kernel=fla"], 'model.wkv7_kernel is "fla": a key of rwkv7 only'),
         (QWEN3, ["model.num_key_value_heads=3"], "expected a divisor of model.num_attention_heads = 4"),
         (QWEN3, ["model.num_attention_heads=null"], "model.num_attention_heads is missing"),

@@ -72,13 +72,13 @@ class BlockLengths:
 class BlockDiffusion:
     """Noisy blocks beside their clean row. Each block has a time; times are stratified over the blocks of the data.
 
-    t_min, t_max: times are drawn from this range only (BD3-LM's clipped schedules: less variance, and no bound).
+    block_lengths: the phases of `BlockLengths`. t_min, t_max: times are drawn from this range only (BD3-LM's clipped schedules: less variance, and no bound).
     Raises ValueError for values that make no objective.
     """
 
     seed: int
     vocabulary: Vocabulary
-    block_lengths: BlockLengths
+    block_lengths: tuple[tuple[int, int], ...] = ((0, 32),)
     schedule: str = "linear"
     schedule_parameters: Mapping[str, object] = field(default_factory=dict)
     masking: str = "exact"
@@ -95,6 +95,11 @@ class BlockDiffusion:
         if not 0.0 <= self.t_min < self.t_max <= 1.0:
             raise ValueError(f"t_min is {self.t_min} and t_max is {self.t_max}: expected 0 <= t_min < t_max <= 1.")
         assert self._schedule.name
+        assert self._lengths.phases
+
+    @cached_property
+    def _lengths(self) -> BlockLengths:
+        return BlockLengths(tuple(self.block_lengths))
 
     @cached_property
     def _schedule(self) -> Schedule:
@@ -112,8 +117,8 @@ class BlockDiffusion:
         """Corrupt rows [B, T]. Raises ValueError where a block length does not divide T."""
         tokens = rows.tokens.astype(np.int64)
         batch, length = tokens.shape
-        self.block_lengths.check(length)
-        sizes = self.block_lengths.at(rows.positions, length)
+        self._lengths.check(length)
+        sizes = self._lengths.at(rows.positions, length)
         lengths = random_lengths(self.seed, rows.positions, length, self.random_length_prob, self.random_length_group)
         words = keyed_words(self.seed, rows.positions, length)
         hidden, weights, times = np.zeros((batch, length), np.bool_), np.zeros((batch, length)), np.zeros(batch)

@@ -47,6 +47,7 @@ def held_out_batch(
     isolate_documents: bool,
     objective: str = "mdlm",
     shift: bool = False,
+    block_length: int = 0,
 ) -> NoisyBatch:
     """The held-out rows of `samples` [B] under `objective`; sample i * draws + d is draw d of row i."""
     rows = source.read(samples // draws)
@@ -55,6 +56,7 @@ def held_out_batch(
         vocabulary=Vocabulary(source.mask_id, source.eos_id),
         isolate_documents=isolate_documents,
         **({"shift": True} if shift else {}),
+        **({"block_lengths": ((0, block_length),)} if objective == "block" else {}),
     )
     return made.corrupt(Rows(rows.tokens, rows.document_ids, samples, rows.text_bytes, rows.before))
 
@@ -71,12 +73,14 @@ def evaluate_bound(
     isolate_documents: bool = False,
     objective: str = "mdlm",
     shift: bool = False,
+    block_length: int = 0,
     advance: Callable[[int], None] | None = None,
 ) -> HeldOutBound:
     """Bound of `model` on the first `num_rows` rows of `source`; `advance` hears of samples done by all ranks.
 
-    `objective` is `ar` for a model trained with that and `mdlm` for any masked objective, whose weights, masks and
-    schedule do not matter here; `shift` as the model was trained. Raises ValueError for several draws of `ar`.
+    `objective` is `ar` for a model trained with that or with `card`, `block` for block diffusion (in blocks of
+    `block_length`, 0: the whole row), and `mdlm` for any masked objective, whose weights, masks and schedule do not
+    matter here; `shift` as the model was trained. Raises ValueError for several draws of `ar`.
 
     Collective where torch.distributed runs: every rank must call. The rows are cut into the same batches for
     any number of ranks, so the number does not depend on it; ZeRO-3 needs every rank to run as many forwards.
@@ -95,7 +99,7 @@ def evaluate_bound(
         surplus = index >= len(starts)  # run, so that collectives match, and not counted
         start = starts[first if surplus else index]
         samples = np.arange(start, min(total, start + batch_size), dtype=np.int64)
-        batch = held_out_batch(source, samples, draws, isolate_documents, objective, shift)
+        batch = held_out_batch(source, samples, draws, isolate_documents, objective, shift, block_length)
         sums = _nats_per_row(model, batch, device)
         if not surplus:
             for position, value, length, size in zip(

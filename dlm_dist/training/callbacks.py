@@ -11,6 +11,7 @@ from data_pipeline.loader import SampleStream
 from data_pipeline.source import Source
 from data_pipeline.tokenizer_base import Tokenizer
 from dlm_dist.config import RunConfig
+from dlm_dist.diffusion.block_diffusion import BlockLengths
 from dlm_dist.evaluation.bound import evaluate_bound
 from dlm_dist.generation.autoregressive import continue_text
 from dlm_dist.generation.samplers import generate, ids_without_text, until_the_end
@@ -20,6 +21,9 @@ from dlm_dist.training.metrics import MetricsLog
 from dlm_dist.training.records import versions
 from dlm_dist.training.resume import topology
 from dlm_dist.training.sources import open_validation
+
+EVALUATED_AS = {"ar": "ar", "card": "ar", "block": "block"}
+"""The objective by which held-out rows are scored, where it is not masked diffusion."""
 
 SAMPLE_TOKENS = 64
 """Length of the texts of train.sample_every."""
@@ -68,8 +72,9 @@ class Callbacks:
             num_rows=settings.eval_rows,
             draws=settings.eval_draws,
             isolate_documents=self.config.data.isolate_documents,
-            objective="ar" if self.config.objective.name == "ar" else "mdlm",
+            objective=EVALUATED_AS.get(self.config.objective.name, "mdlm"),
             shift=bool(self.config.objective.shift),
+            block_length=self._block_length(step),
         )
         if self.log is not None:
             self.log.evaluation(
@@ -83,11 +88,19 @@ class Callbacks:
                 }
             )
 
+    def _block_length(self, step: int) -> int:
+        """The length of the blocks that are trained on after `step` steps; 0 for other objectives."""
+        phases, size = self.config.objective.block_lengths, self.config.train.global_batch_size
+        if phases is None:
+            return 0
+        position = self.stream.positions(step * size, 1)
+        return int(BlockLengths(phases).at(position, self.source.sequence_length)[0])
+
     def sample(self, step: int) -> None:
         """A text that continues train.sample_prompt; every rank runs it, since ZeRO-3 gathers weights."""
         model, tokenizer = self.engine.module, self.side.tokenizer
         model.eval()
-        if self.config.objective.name == "ar":
+        if EVALUATED_AS.get(self.config.objective.name) == "ar":
             ids = continue_text(
                 model,
                 self.side.prompt,
