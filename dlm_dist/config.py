@@ -316,11 +316,11 @@ class ObjectiveSection(Section):
     name: Annotated[Literal["mdlm", "dllm", "soft_ce", "block", "ar", "card"], _other_name({"guidelines": "mdlm"})] = (
         Field(
             default="mdlm",
-            description="mdlm (also: guidelines): absorbing-state masked diffusion with the unbiased bound as its loss; "
-            "dllm: the same with the draws of the program dllm; soft_ce: masked diffusion with smoothed labels; "
-            "block: each block is denoised with the clean blocks before it in sight (BD3-LM); ar: causal language modelling "
-            "with the exact negative log-likelihood as its loss; card: diffusion with a causal model that predicts every "
-            "token",
+            description="mdlm (also: guidelines): absorbing-state masked diffusion with the unbiased bound as its "
+            "loss; dllm: the same with the draws of the program dllm; soft_ce: masked diffusion with smoothed labels; "
+            "block: each block is denoised with the clean blocks before it in sight (BD3-LM); ar: causal language "
+            "modelling with the exact negative log-likelihood as its loss; card: diffusion with a causal model that "
+            "predicts every token",
         )
     )
     schedule: (
@@ -909,8 +909,8 @@ def _qwen3_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
 def default_values(backbone: object, optimizer: object, objective: object, model: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults that hang on other values, by full key.
 
-    ar and card cut no rows: a causal model meets every length in each of them. dllm draws as that program does (ZHZisZZ/dllm);
-    soft_ce weighs as Qwen3llada does, whose smoothing is 0.1.
+    ar and card cut no rows: a causal model meets every length in each of them. dllm draws as that program does
+    (ZHZisZZ/dllm); soft_ce weighs as Qwen3llada does, whose smoothing is 0.1.
     rwkv7: BlinkDL's recipe for x070 (RWKV-LM). qwen3: the usual AdamW of language models. Lion: Chen et al.,
     "Symbolic Discovery of Optimization Algorithms", 2023: its second beta and a learning rate several times
     smaller than AdamW's.

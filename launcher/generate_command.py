@@ -69,6 +69,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
     model.to(torch.device(device))
     tokenizer = Tokenizer.load(_tokenizer_folder(folder))
     objective = objective_of(folder, model.direction, None)
+    if objective == "block":
+        raise ValueError(f"{folder} was trained by block diffusion: texts of such models cannot be drawn yet")
     _require_options_of(objective, arguments)
     write = _left_to_right if objective == "ar" else _by_remasking
     ids = write(model, tokenizer, prompt, arguments)

@@ -12,7 +12,6 @@ from dlm_dist import models
 from dlm_dist.compatibility import DIRECTIONS, OBJECTIVES, refusal, table
 from dlm_dist.config import ConfigError, load_config
 from dlm_dist.diffusion import objectives
-from dlm_dist.diffusion.block_diffusion import BlockLengths
 from dlm_dist.diffusion.model_inputs import model_inputs
 from launcher.cli import main
 from tests.diffusion.test_block_diffusion import rows
@@ -57,7 +56,7 @@ def test_a_cell_trains_or_says_why_not(objective: str, backbone: str, direction:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
         parameter.data.add_(noise, alpha=0.1)
-    extra = {"block_lengths": BlockLengths(((0, 4),))} if objective == "block" else {}
+    extra = {"block_lengths": ((0, 4),)} if objective == "block" else {}
     vocabulary = objectives.Vocabulary(mask_id=30, eos_id=0, size=30)
     made = objectives.OBJECTIVES[objective](
         seed=1, vocabulary=vocabulary, isolate_documents=True, random_length_prob=0.5, **extra

@@ -72,8 +72,8 @@ class BlockLengths:
 class BlockDiffusion:
     """Noisy blocks beside their clean row. Each block has a time; times are stratified over the blocks of the data.
 
-    block_lengths: the phases of `BlockLengths`. t_min, t_max: times are drawn from this range only (BD3-LM's clipped schedules: less variance, and no bound).
-    Raises ValueError for values that make no objective.
+    block_lengths: the phases of `BlockLengths`. t_min, t_max: times are drawn from this range only (BD3-LM's clipped
+    schedules: less variance, and no bound). Raises ValueError for values that make no objective.
     """
 
     seed: int

@@ -66,9 +66,9 @@ class CausalDiffusion:
     the hidden part is mostly clean; a token whose recent past is hidden weighs less. With nothing hidden this is causal
     language modelling, so the likelihood of such a model is exact.
 
-    card_tail: of a row of L tokens, at time t, N = max(1, floor(t L)) of the last min(L, floor(card_tail N)) are hidden; 1 hides
-    just the last N. soft_tail_p, soft_tail_beta: see `weighting.recency_weights`; weights are divided by their mean over
-    the row. The loss is no bound. Raises ValueError for values that make no objective.
+    card_tail: of a row of L tokens, at time t, N = max(1, floor(t L)) of the last min(L, floor(card_tail N)) are
+    hidden; 1 hides just the last N. soft_tail_p, soft_tail_beta: see `weighting.recency_weights`; weights are divided
+    by their mean over the row. The loss is no bound. Raises ValueError for values that make no objective.
     """
 
     seed: int
@@ -87,7 +87,8 @@ class CausalDiffusion:
             raise ValueError(f"card_tail is {self.card_tail}: expected at least 1, or the hidden tokens have no place.")
         if not 0.0 < self.soft_tail_p <= 1.0 or self.soft_tail_beta <= 0.0:
             raise ValueError(
-                f"soft_tail_p is {self.soft_tail_p} and soft_tail_beta is {self.soft_tail_beta}: expected 0 < p <= 1, 0 < beta."
+                f"soft_tail_p is {self.soft_tail_p} and soft_tail_beta is {self.soft_tail_beta}: "
+                "expected 0 < p <= 1, 0 < beta."
             )
 
     def head_settings(self) -> dict[str, float]:

@@ -30,7 +30,7 @@ def rows(count: int, length: int, first: int = 0) -> Rows:
 
 
 def blocks(*phases: tuple[int, int], **changes: Any) -> BlockDiffusion:
-    return BlockDiffusion(seed=1, vocabulary=VOCABULARY, block_lengths=BlockLengths(phases), **changes)
+    return BlockDiffusion(seed=1, vocabulary=VOCABULARY, block_lengths=phases, **changes)
 
 
 @pytest.mark.parametrize("masking", ["exact", "bernoulli"])
