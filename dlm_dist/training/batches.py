@@ -27,7 +27,8 @@ class RankStep:
     micro_batches: list[dict[str, torch.Tensor]]
     """Keyword arguments of the model's training forward, on the host; pinned where the device is CUDA."""
     counts: NDArray[np.int64]
-    """[3] tokens that the rows account for, tokens that enter the loss, bytes of text (far below 0: unknown)."""
+    """[4] tokens that the rows account for, that enter the loss, that the model reads, and bytes of text (far below 0:
+    unknown)."""
     digests: NDArray[np.uint8]
     """[2, rows of this rank, 32] SHA-256 of each row's tokens, and of its mask, inputs, time and length."""
 
@@ -40,6 +41,8 @@ class StepTotals:
     """Tokens that the step accounts for."""
     supervised: int
     """Tokens that enter the loss."""
+    read: int
+    """Tokens that the model reads: several draws of a row count each, a clean stream beside a noisy one too."""
     text_bytes: int | None
     """Bytes of text behind the tokens; None where a source cannot tell."""
     rows_sha256: str
@@ -78,6 +81,7 @@ def _counts(batches: Sequence[NoisyBatch]) -> NDArray[np.int64]:
         [
             sum(batch.denominator for batch in batches),
             sum(int(batch.masks.sum()) for batch in batches),
+            sum(batch.inputs.size + (0 if batch.clean is None else batch.clean.size) for batch in batches),
             sum(int(batch.text_bytes.sum()) for batch in batches) if known else _UNKNOWN,
         ],
         dtype="<i8",
@@ -111,7 +115,8 @@ def gather_totals(step: RankStep, group: dist.ProcessGroup | None) -> StepTotals
         # A step without any token that counts has a loss of 0, not of 0 / 0.
         denominator=max(1, int(sums[0])),
         supervised=int(sums[1]),
-        text_bytes=int(sums[2]) if sums[2] >= 0 else None,
+        read=int(sums[2]),
+        text_bytes=int(sums[3]) if sums[3] >= 0 else None,
         rows_sha256=hashlib.sha256(digests[:, 0].tobytes()).hexdigest(),
         noise_sha256=hashlib.sha256(digests[:, 1].tobytes()).hexdigest(),
     )

@@ -175,8 +175,7 @@ class Trainer:
         """Model FLOPs of a step: backward counts twice the forward, the head runs on scored rows only."""
         model, length = self.engine.module, self.config.data.sequence_length
         assert length is not None
-        tokens = self.plan.global_batch_size * (self.config.objective.draws_per_row or 1) * length
-        body = model.flops_per_token(length) * tokens
+        body = model.flops_per_token(length) * totals.read
         return 3.0 * (body + model.head_flops_per_row() * totals.supervised)
 
 

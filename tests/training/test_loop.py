@@ -52,8 +52,8 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0):
         batch |= {name: batch[name][:count] for name in ("supervised", "targets", "weights")}
         batch["weights"] = batch["weights"] * scale_of_weights
         micro_batches.append(batch)
-    totals = StepTotals(16 * len(scored), sum(scored), None, "", "")
-    step = RankStep(micro_batches, np.zeros(3, dtype=np.int64), np.zeros((2, 4, 32), dtype=np.uint8))
+    totals = StepTotals(16 * len(scored), sum(scored), 16 * len(scored), None, "", "")
+    step = RankStep(micro_batches, np.zeros(4, dtype=np.int64), np.zeros((2, 4, 32), dtype=np.uint8))
     loss = trainer._train_step(step, totals)
     return loss, {name: parameter.grad for name, parameter in engine.module.named_parameters()}, engine.calls[0]
 
@@ -79,3 +79,26 @@ def test_l2wrap_is_a_mean_over_the_scored_rows_of_the_step(scored):
 def test_without_l2wrap_the_model_is_not_asked_for_it():
     assert "l2wrap" not in gradients(0.0, [4])[2]
     assert "l2wrap" in gradients(1e-4, [4])[2]
+
+
+def test_what_the_model_reads_is_counted():
+    """Two streams of block diffusion, several draws of a row: each is read."""
+    from dlm_dist.config import BatchPlan
+    from dlm_dist.diffusion.objectives import OBJECTIVES, Vocabulary
+    from dlm_dist.training.batches import gather_totals, prepare_step
+    from tests.diffusion.test_block_diffusion import rows
+
+    vocabulary = Vocabulary(mask_id=30, eos_id=0, size=30)
+    for name, extra, streams in (
+        ("mdlm", {}, 1),
+        ("mdlm", {"draws_per_row": 2}, 2),
+        ("block", {"block_lengths": ((0, 4),)}, 2),
+        ("block", {"block_lengths": ((0, 0),)}, 1),
+    ):
+        objective = OBJECTIVES[name](seed=1, vocabulary=vocabulary, **extra)
+        read = rows(8, 12)
+        step = prepare_step(
+            lambda at, read=read: read[at[0] : at[-1] + 1], objective, read.positions, BatchPlan(8, 4, 2), 0, 1
+        )
+        totals = gather_totals(step, None)
+        assert totals.read == streams * 8 * 12, name
