@@ -280,6 +280,7 @@ _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "noise_type": _MASKED,
     "mask_contiguous_region_prob": _MASKED,
     "two_segment_prob": _MASKED,
+    "one_block_length": _MASKED,
     "protected_tokens": _MASKED,
     "draws_per_row": _MASKED,
     "complementary_prob": _MASKED,
@@ -398,6 +399,11 @@ class ObjectiveSection(Section):
     two_segment_prob: Fraction | None = Field(
         default=None,
         description="share of samples cut in two parts with a time each; above 0 the loss is no bound; null = 0",
+    )
+    one_block_length: Positive | None = Field(
+        default=None,
+        description="only one block of so many tokens, drawn for each row, is noised: what precedes it is shown, what "
+        "follows is not (Nano-LLaDA's wsd); null = the whole row",
     )
     protected_tokens: tuple[Annotated[str, BeforeValidator(_token_name)], ...] | None = Field(
         default=None,
@@ -821,6 +827,9 @@ def _objective_fits(parts: Mapping[str, Any]) -> Iterator[Mistake]:
             True,
             "expected false, since data.isolate_documents is true: the token in front of a document does not see it",
         )
+    block, length = parts["objective"].one_block_length, parts["data"].sequence_length if "data" in parts else None
+    if block is not None and length is not None and length % block:
+        yield about("objective.one_block_length", block, f"expected a divisor of data.sequence_length = {length}")
     name = parts["objective"].name
     if "model" in parts:
         model = parts["model"]

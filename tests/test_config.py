@@ -118,6 +118,7 @@ def test_every_key_of_the_objective_survives_a_round_trip(write):
         "objective.noise_type=random_replace",
         "objective.mask_contiguous_region_prob=0.1",
         "objective.two_segment_prob=0.2",
+        "objective.one_block_length=4",
         "objective.protected_tokens=[eos, 7]",
         "objective.draws_per_row=2",
         "objective.complementary_prob=0.5",
@@ -289,6 +290,11 @@ def test_the_nearest_key(write, key, nearest):
             RWKV7,
             ["objective.complementary_prob=0.5"],
             "objective.complementary_prob is 0.5: expected objective.draws_per_row 2, which is None",
+        ),
+        (
+            RWKV7,
+            ["objective.one_block_length=3", "data.sequence_length=16"],
+            "objective.one_block_length is 3: expected a divisor of data.sequence_length = 16",
         ),
         (RWKV7, ["objective.token_to_token_weight=2"], "expected null, since objective.token_to_token_rate is 0"),
         (

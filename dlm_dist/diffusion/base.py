@@ -121,6 +121,10 @@ class Objective(Protocol):
     @property
     def is_bound(self) -> bool: ...
 
+    def not_a_bound(self) -> list[str]:
+        """The settings for which the loss is no bound, as `key=value`; empty where it is one."""
+        ...
+
     def corrupt(self, rows: RowsLike) -> NoisyBatch:
         """Corrupt a batch of clean rows; a pure function of the rows and their positions."""
         ...

@@ -108,7 +108,12 @@ class BlockDiffusion:
     @property
     def is_bound(self) -> bool:
         """Whether the mean loss is an unbiased estimate of a bound on the negative log-likelihood."""
-        return (self.t_min, self.t_max) == (0.0, 1.0)
+        return not self.not_a_bound()
+
+    def not_a_bound(self) -> list[str]:
+        """The settings for which the loss is no bound, as `key=value`; empty where it is one."""
+        whole = {"t_min": 0.0, "t_max": 1.0}
+        return [f"{key}={getattr(self, key)}" for key, value in whole.items() if getattr(self, key) != value]
 
     def head_settings(self) -> dict[str, float]:
         return {}

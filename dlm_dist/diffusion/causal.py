@@ -36,6 +36,9 @@ class Autoregressive:
     name: str = "ar"
     is_bound: bool = True
 
+    def not_a_bound(self) -> list[str]:
+        return []
+
     def head_settings(self) -> dict[str, float]:
         return {}
 
@@ -90,6 +93,9 @@ class CausalDiffusion:
                 f"soft_tail_p is {self.soft_tail_p} and soft_tail_beta is {self.soft_tail_beta}: "
                 "expected 0 < p <= 1, 0 < beta."
             )
+
+    def not_a_bound(self) -> list[str]:
+        return [f"name={self.name}"]
 
     def head_settings(self) -> dict[str, float]:
         return {}

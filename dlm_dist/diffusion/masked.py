@@ -59,7 +59,11 @@ class _Samples:
     there: BoolArray
     """[S, T] not cut off."""
     eligible: BoolArray
-    """[S, T] there, and not protected."""
+    """[S, T] what may be hidden and scored: there, not protected, and in the chosen block where only one is."""
+    blank: BoolArray
+    """[S, T] what is neither shown nor scored: what was cut off, and what follows the chosen block."""
+    blocks: IntArray
+    """[S] blocks of which one was chosen, 1 where there are none."""
     positions: IntArray
     """[S] of the rows."""
 
@@ -93,6 +97,7 @@ class MaskedDiffusion:
     noise_type: str = "mask"
     mask_contiguous_region_prob: float = 0.0
     two_segment_prob: float = 0.0
+    one_block_length: int | None = None
     protected_tokens: tuple[str, ...] = ()
     draws_per_row: int = 1
     complementary_prob: float = 0.0
@@ -112,6 +117,8 @@ class MaskedDiffusion:
                 raise ValueError(f"{key} is {getattr(self, key)!r}: expected one of {', '.join(choices)}.")
         if not 0.0 <= self.t_min < self.t_max <= 1.0:
             raise ValueError(f"t_min is {self.t_min} and t_max is {self.t_max}: expected 0 <= t_min < t_max <= 1.")
+        if self.one_block_length is not None and self.one_block_length < 1:
+            raise ValueError(f"one_block_length is {self.one_block_length}: expected at least 1.")
         if self.complementary_prob and self.draws_per_row != 2:
             raise ValueError(f"draws_per_row is {self.draws_per_row}: complementary masks need 2.")
         if self.shift and self.isolate_documents:
@@ -177,7 +184,7 @@ class MaskedDiffusion:
         """
         samples, lengths = self._samples(rows)
         hidden, weights, times = self._hide(samples, rows.document_ids)
-        inputs = np.where(hidden | ~samples.there, self.vocabulary.mask_id, samples.tokens)
+        inputs = np.where(hidden | samples.blank, self.vocabulary.mask_id, samples.tokens)
         if self.noise_type == "random_replace":
             inputs = np.where(hidden, self._random_ids(samples, "replace"), inputs)
         if self.token_to_token_rate:
@@ -191,7 +198,11 @@ class MaskedDiffusion:
         text_bytes = text_bytes_of(
             rows.text_bytes.repeat(repeat), samples.tokens, samples.there, self.vocabulary.token_bytes
         )
-        counted = {"tokens": None, "maskable": samples.eligible.sum(axis=1), "scored": (weights > 0).sum(axis=1)}
+        counted = {
+            "tokens": None,
+            "maskable": samples.eligible.sum(axis=1) * samples.blocks,
+            "scored": (weights > 0).sum(axis=1),
+        }
         batch = NoisyBatch(
             inputs=inputs,
             targets=samples.tokens,
@@ -221,15 +232,20 @@ class MaskedDiffusion:
             self.seed, rows.positions, tokens.shape[1], self.random_length_prob, self.random_length_group
         )
         there = np.arange(tokens.shape[1]) < lengths[:, None]
-        eligible = there & ~np.isin(tokens, self._protected_ids) if self.protected_tokens else there
         repeat = self.draws_per_row
-        samples = _Samples(
-            tokens=tokens.repeat(repeat, axis=0),
-            there=there.repeat(repeat, axis=0),
-            eligible=eligible.repeat(repeat, axis=0),
-            positions=rows.positions.repeat(repeat),
-        )
-        return samples, lengths.repeat(repeat)
+        tokens, there = tokens.repeat(repeat, axis=0), there.repeat(repeat, axis=0)
+        lengths, positions = lengths.repeat(repeat), rows.positions.repeat(repeat)
+        eligible = there & ~np.isin(tokens, self._protected_ids) if self.protected_tokens else there
+        blank, blocks = ~there, np.ones_like(lengths)
+        if self.one_block_length is not None:
+            blocks = -(-lengths // self.one_block_length)
+            # A complement hides the rest of the same block.
+            chosen = keyed_uniform(self.seed, "block", positions)
+            first = (chosen * blocks).astype(np.int64)[:, None] * self.one_block_length
+            place = np.arange(tokens.shape[1])
+            eligible = eligible & (place >= first) & (place < first + self.one_block_length)
+            blank = blank | (place >= first + self.one_block_length)
+        return _Samples(tokens, there, eligible, blank, blocks, positions), lengths
 
     def _hide(self, samples: _Samples, document_ids: NDArray[np.int32]) -> tuple[BoolArray, FloatArray, FloatArray]:
         """What is hidden [S, T], what each token weighs [S, T], and the times [S]."""
@@ -255,7 +271,8 @@ class MaskedDiffusion:
             weights = recency_weights(hidden, self.soft_tail_p, self.soft_tail_beta)
         if self.reweight_cap is not None:
             weights = np.minimum(weights, self.reweight_cap)
-        return hidden, np.where(hidden, weights, 0.0), level.times
+        # One block stands for all of its row's.
+        return hidden, np.where(hidden, weights * samples.blocks[:, None], 0.0), level.times
 
     def _hide_part(self, samples: _Samples, eligible: BoolArray, time_seed: int) -> tuple[BoolArray, Level]:
         """What of `eligible` [S, T] is hidden [S, T], and the level of that."""

@@ -51,6 +51,8 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     checkpoint_path = resumed.path if resumed is not None else None
     config = resolve_sizes(config, sources[0], checkpoint_path)
     notes = [*lock_notes, *notes, *(note for source in [*sources, side.validation] if source for note in source.notes)]
+    if not objective.is_bound:
+        notes.append(f"the loss is no bound on the likelihood: {', '.join(objective.not_a_bound())}")
     identity = run_identity(config, sources)
     if resumed is not None:
         require_same(resumed, identity)

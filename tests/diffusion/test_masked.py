@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict] = {
     "noise_type": {"noise_type": "random_replace"},
     "mask_contiguous_region_prob": {"mask_contiguous_region_prob": 0.5},
     "two_segment_prob": {"two_segment_prob": 0.5},
+    "one_block_length": {"one_block_length": 4},
     "protected_tokens": {"protected_tokens": ("eos", "7")},
     "draws_per_row": {"draws_per_row": 2},
     "complementary_prob": {"draws_per_row": 2, "complementary_prob": 0.5},
@@ -178,6 +179,21 @@ def test_two_segments_have_rates_of_their_own():
     assert first.max() < second.min()
 
 
+def test_one_block_is_noised_behind_what_precedes_it():
+    batch = corrupted(one_block_length=4, random_length_prob=0.3)
+    place, lengths = np.arange(LENGTH), batch.lengths
+    block = batch.masks.argmax(axis=1) // 4
+    assert (np.bincount(block[lengths == LENGTH], minlength=4) > 0.2 * (lengths == LENGTH).sum()).all()
+    later = place >= 4 * (block[:, None] + 1)
+    earlier = place < 4 * block[:, None]
+    assert (batch.inputs[later] == MASK).all()
+    assert np.array_equal(batch.inputs[earlier], ROWS.tokens[earlier])
+    assert not batch.masks[later | earlier].any()
+    sizes = np.minimum(4, lengths - 4 * block)
+    assert np.allclose(batch.weights.max(axis=1), -(-lengths // 4) * sizes / batch.masks.sum(axis=1))
+    assert batch.denominator == lengths.sum()
+
+
 def test_protected_tokens_are_never_hidden():
     batch = corrupted(protected_tokens=("eos", "pad", "7"))
     protected = np.isin(ROWS.tokens, [EOS, 3, 7])
@@ -262,7 +278,7 @@ def test_cart_weights_see_only_the_tokens_own_document():
             (OPTIONS[name], True)
             for name in ("schedule", "schedule_parameters", "masking", "times", "draws_per_row", "complementary_prob")
         ],
-        *[(OPTIONS[name], True) for name in ("shift", "random_length_prob", "isolate_documents")],
+        *[(OPTIONS[name], True) for name in ("shift", "one_block_length", "random_length_prob", "isolate_documents")],
         ({"normalization": "maskable"}, True),
         ({"weighting": "inverse_rate"}, True),
         ({"weighting": "inverse_rate", "masking": "bernoulli"}, True),

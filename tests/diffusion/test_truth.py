@@ -110,6 +110,20 @@ def test_the_bound_of_a_perfect_model_is_the_entropy(name):
     assert abs(blocks.mean() - entropy) < 4 * blocks.std(ddof=1) / 16
 
 
+@pytest.mark.parametrize("masking", ["exact", "bernoulli"])
+def test_one_block_at_a_time_estimates_the_bound_of_all_blocks(masking):
+    """Hidden sets are those of the first half, with all of the second; and those of the second half alone."""
+    truth = np.zeros(len(ROWS))
+    for s, hidden in enumerate(SUBSETS):
+        for scored in ((0, 1), (2, 3)):
+            k = int(hidden[list(scored)].sum())
+            if k and hidden[2:].all() if scored == (0, 1) else k and not hidden[:2].any():
+                truth += LOSSES[:, s, scored] @ hidden[list(scored)] / (k * math.comb(2, k))
+    objective = MaskedDiffusion(7, IDS, masking=masking, one_block_length=2)
+    assert objective.is_bound
+    assert abs(strays(objective, truth=truth)) < 4
+
+
 BOUNDS = [
     {"times": "independent"},
     {"draws_per_row": 2},

@@ -64,6 +64,22 @@ def test_a_loss_that_knows_only_the_count_gives_its_mean_over_counts(four):
     assert (bound.rows, bound.draws) == (16, 1)
 
 
+def test_a_shifted_model_is_scored_one_place_earlier(four):
+    """Read behind the byte before each row, the losses of place i + 1 are asked for at place i."""
+
+    class Behind(Known):
+        def forward(self, input_ids, supervised, targets, weights, per_row):
+            assert input_ids.shape[1] == 5
+            assert (supervised % 5 < 4).all()
+            supervised = supervised // 5 * 4 + supervised % 5
+            return super().forward(input_ids[:, 1:], supervised, targets, weights, per_row)
+
+    losses = torch.rand(16, 4, generator=torch.Generator().manual_seed(0))
+    plain = evaluate_bound(Known(losses, four.mask_id), four, CPU, num_rows=16, draws=2)
+    shifted = evaluate_bound(Behind(losses, four.mask_id), four, CPU, num_rows=16, draws=2, shift=True)
+    assert shifted == plain
+
+
 class Bigram(torch.nn.Module):
     """A causal model that loses table[previous token, token] nats."""
 

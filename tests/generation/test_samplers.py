@@ -66,6 +66,20 @@ def _counting(ids: Tensor) -> Tensor:
     return logits
 
 
+def test_a_shifted_model_is_read_one_place_earlier() -> None:
+    """Place j of what the model reads holds the logits of the token behind it."""
+    model = _by_position([0.9, 0.8, 0.7, 0.6, 0.5])
+    ids = generate(model, [5], 3, 3, shifted_behind=8)
+    assert model.shown()[0] == [[8, 5, MASK, MASK, MASK]]
+    assert ids.tolist() == [5, 1, 2, 3]
+    documents = torch.tensor([[-1, 0, 0, 0]])
+    filled = infill(model, [[7, 5, MASK, 6]], 1, document_ids=documents, shifted_behind=8)
+    assert filled.tolist() == [[7, 5, 2, 6]]
+    shown = model.documents[-1]
+    assert shown is not None
+    assert shown.tolist() == [[-1, -1, 0, 0, 0]]
+
+
 def test_the_surest_token_is_committed_first_and_the_mask_is_never_written() -> None:
     model = _by_position([0.9, 0.5, 0.7, 0.6])
     result = denoise(model, torch.full((1, 4), 5), torch.ones(1, 4, dtype=torch.bool), steps=4)
