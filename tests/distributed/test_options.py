@@ -78,3 +78,35 @@ def test_init_from_reports_what_fitted(data, tmp_path):
     )
     # A causal model, read nearly forward only, is about as good as it was; from scratch the loss is ln 384 = 5.95.
     assert runs.metrics(second)[0]["loss"] < runs.metrics(first)[-1]["loss"] + 0.4
+
+
+def test_an_objective_that_is_no_bound_says_so_and_draws_the_same_on_any_ranks(data, tmp_path):
+    settings = {
+        "objective__name": "soft_ce",
+        "objective__schedule": "power",
+        "objective__draws_per_row": 2,
+        "objective__complementary_prob": 0.5,
+        "objective__protected_tokens": "[eos]",
+        "objective__token_to_token_rate": 0.1,
+        "objective__confidence_weight": 0.5,
+        "objective__shift": True,
+        "data__validation": data / "validation",
+        "train__eval_rows": 5,
+        "train__max_steps": 3,
+        "train__sample_every": 3,
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    output = runs.train(runs.overrides(data, one, **settings), ranks=1)
+    runs.train(runs.overrides(data, two, **settings), ranks=2)
+    assert "the loss is no bound on the likelihood: weighting=inverse_rate, protected_tokens=('eos',), " in output
+    for first, second in zip(runs.metrics(one), runs.metrics(two), strict=True):
+        assert (first["bound_nats_per_token"], first["bits_per_byte"]) == (None, None)
+        assert first["noise_sha256"] == second["noise_sha256"]
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+    evaluation = json.loads((one / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert 0 < evaluation["bound_nats_per_token"] < 10
+    # Nothing is started with settings that make no objective.
+    refused = runs.attempt(runs.overrides(data, tmp_path / "three", objective__protected_tokens="[bos]"), ranks=1)
+    assert refused.returncode != 0
+    assert "objective: This tokenizer has no token called bos (it knows eos, pad): give its id." in refused.stdout
+    assert not (tmp_path / "three" / "metrics.jsonl").exists()
