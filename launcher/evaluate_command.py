@@ -53,7 +53,7 @@ def add_evaluate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
         "--block-length",
         type=_positive,
         metavar="N",
-        help="block: tokens per block (default: the last length that the checkpoint was trained with)",
+        help="block: tokens per block (default: the length that training was at)",
     )
     add("--batch-size", type=_positive, default=8, metavar="N", help="rows per forward pass (default: 8)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default): CUDA if there is one")
@@ -113,7 +113,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         isolate = arguments.isolate_documents
         if isolate is None:
             isolate = bool(trained_identity(arguments.checkpoint).get("data.isolate_documents", False))
-        length = block_length(arguments.checkpoint, arguments.block_length)
+        length = block_length(arguments.checkpoint, arguments.block_length, source.sequence_length)
         with progress("evaluate", rows * arguments.draws, "rows") if rank == 0 else nullcontext() as advance:
             bound = evaluate_bound(
                 model,

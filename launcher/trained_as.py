@@ -11,12 +11,16 @@ OBJECTIVES = ("mdlm", "block", "ar")
 
 def trained_identity(checkpoint: Path) -> dict[str, Any]:
     """The run that wrote `checkpoint` (or the model/ folder of one), by configuration key; empty if nothing says it."""
+    identity: dict[str, Any] = _trainer_state(checkpoint).get("identity", {})
+    return identity
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
     from dlm_dist.training.checkpoint_files import TRAINER_STATE, load_trainer_state
 
     for folder in (checkpoint, checkpoint.parent):
         if (folder / TRAINER_STATE).is_file():
-            identity: dict[str, Any] = load_trainer_state(folder).get("identity", {})
-            return identity
+            return load_trainer_state(folder)
     return {}
 
 
@@ -40,10 +44,17 @@ def objective_of(checkpoint: Path, direction: str, wanted: str | None, tell: boo
     return str(name)
 
 
-def block_length(checkpoint: Path, wanted: int | None) -> int:
-    """`wanted`, else the last block length that `checkpoint` was trained with; 0, the whole row, if nothing says it."""
-    phases = trained_identity(checkpoint).get("objective.block_lengths")
-    return wanted if wanted is not None else int(phases[-1][1]) if phases else 0
+def block_length(checkpoint: Path, wanted: int | None, sequence_length: int) -> int:
+    """`wanted`, else the block length that holds where `checkpoint` was saved; 0, the whole row, if nothing says it."""
+    from data_pipeline.order import SkipList
+    from dlm_dist.diffusion.block_diffusion import BlockLengths
+
+    state = _trainer_state(checkpoint)
+    phases = state.get("identity", {}).get("objective.block_lengths")
+    if wanted is not None or not phases:
+        return wanted or 0
+    position = SkipList([(first, stop) for first, stop in state["skipped_ranges"]]).positions(state["data_pos"], 1)
+    return int(BlockLengths(tuple((tokens, length) for tokens, length in phases)).at(position, sequence_length)[0])
 
 
 def shifted(checkpoint: Path) -> bool:

@@ -86,6 +86,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         document_ids: Tensor | None = None,
         block_ids: Tensor | None = None,
         clean_ids: Tensor | None = None,
+        prompt_and_own_block: bool = False,
         attention_bias: Tensor | None = None,
         supervised: Tensor | None = None,
         targets: Tensor | None = None,
@@ -100,13 +101,16 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         `input_ids` [B, T]. `document_ids` [B, T]: tokens see each other only where ids are equal, and nobody sees -1;
         None means that each row is one document. `block_ids` [B, T], not falling inside a document: a token sees no
         later block of its document. `clean_ids` [B, T], with `block_ids`: a token sees its own block of `input_ids` and
-        the earlier blocks of `clean_ids` (block diffusion). `attention_bias` [B or 1, 1, T, T] is added to the
+        the earlier blocks of `clean_ids` (block diffusion). With `prompt_and_own_block` a
+        token sees its own block and block 0 alone. `attention_bias` [B or 1, 1, T, T] is added to the
         attention scores of every layer and head that documents, blocks and direction leave open (its gradient is kept).
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
         the unweighted losses [M] fp32. `l2wrap`, `label_smoothing`, `confidence_weight`: see `LossHead.forward`.
         """
+        if prompt_and_own_block and (block_ids is None or clean_ids is not None):
+            raise ValueError("prompt_and_own_block needs block_ids [B, T], and takes no clean_ids.")
         if clean_ids is not None and (block_ids is None or attention_bias is not None):
             raise ValueError("clean_ids [B, T] need block_ids [B, T] beside them, and take no attention_bias.")
         batch, length = input_ids.shape
@@ -117,6 +121,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
             document_ids,
             block_ids,
             causal=self.direction == "causal",
+            prompt_and_own_block=prompt_and_own_block,
             two_streams=clean_ids is not None,
         )
         hidden = self.model(

@@ -212,6 +212,8 @@ class TimeMix(nn.Module):
             raise ValueError(
                 "the state of the layer below goes to layers above 0 that have a depth_seed, and only there."
             )
+        if below is not None and documents is not None and documents.blocks is not None:
+            raise ValueError("a depth seed has seen the later blocks: it takes no documents with blocks.")
         if resume is not None and (self.direction != "causal" or documents is not None):
             raise ValueError("only a causal mix of whole rows can go on from where an earlier call ended.")
         if self.direction == "causal":
@@ -306,8 +308,8 @@ class TimeMix(nn.Module):
 
         A block makes P S + Q of the state S before it. One scan over the clean blocks from zero gives Q, one without
         values from the identity P; the chain of all states follows, and each block of either stream starts from its
-        own. This asks nothing of the kernel but initial and final states, and holds two states of N x N per head and
-        block: 8 N C / (block length) bytes per clean token, layer and direction that scans forward.
+        own. This asks nothing of the kernel but initial and final states, and keeps four states of N x N per head and
+        block for the backward pass: 16 N C / (block length) bytes per clean token and layer.
         """
         blocks = documents.blocks
         assert blocks is not None

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from data_pipeline.loader import ReadAhead, SampleStream
 from data_pipeline.source import Source
 from dlm_dist.config import ConfigError, RunConfig, resolve_batch
+from dlm_dist.diffusion.block_diffusion import BlockLengths
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
 from dlm_dist.kernels import wkv7
 from dlm_dist.training import checkpoint
@@ -182,6 +183,8 @@ def make_objective(config: RunConfig, source: Source) -> Objective:
         settings |= {"random_length_prob": config.data.random_length_prob}
         settings |= {"random_length_group": config.data.random_length_group}
     try:
+        if config.objective.block_lengths is not None:
+            BlockLengths(config.objective.block_lengths).check(source.sequence_length)
         return OBJECTIVES[config.objective.name](
             seed=config.run.seed,
             vocabulary=vocabulary(source),

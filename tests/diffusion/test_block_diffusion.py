@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,3 +131,45 @@ def test_blocks_of_one_token_give_the_exact_likelihood(backbone: str, direction:
                 logits = model(ids, block_ids=torch.arange(place + 1)[None]).logits[0, -1]
                 nats -= torch.log_softmax(logits, -1)[row[place]].item()
     assert loss.item() == pytest.approx(nats, rel=1e-5)
+
+
+def test_a_length_that_does_not_divide_the_rows_is_refused_before_any_work() -> None:
+    from dlm_dist.config import ConfigError, load_config
+    from dlm_dist.training.run import make_objective
+
+    class Source:
+        sequence_length, mask_id, eos_id, vocab_size, token_bytes = 64, 30, 0, 30, None
+
+        def load_tokenizer(self) -> Any:
+            return type("Tokenizer", (), {"pad_id": 0})
+
+    def made(lengths: str) -> Any:
+        keys = ["run.dir=unused", "model.backbone=rwkv7", "model.hidden_size=64", "model.num_hidden_layers=1"]
+        keys += [
+            "data.train.0.path=unused",
+            "train.max_steps=1",
+            "train.global_batch_size=1",
+            "train.micro_batch_size=1",
+        ]
+        config = load_config(None, [*keys, "objective.name=block", f"objective.block_lengths={lengths}"])
+        return make_objective(config, Source())  # type: ignore[arg-type]
+
+    assert made("[[1e3, 1], [0, 16]]").is_bound
+    with pytest.raises(ConfigError, match="block length 24 does not divide rows of 64"):
+        made("[[1e3, 1], [0, 24]]")
+
+
+def test_a_checkpoint_is_evaluated_with_the_length_that_training_was_at(tmp_path: Path) -> None:
+    from launcher.trained_as import block_length
+
+    state = {"data_pos": 10, "skipped_ranges": [[0, 2]], "identity": {"objective.block_lengths": [[120, 1], [0, 4]]}}
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps(state))
+    # Two positions are skipped: the next sample is at position 12, where 120 tokens lie behind rows of ten.
+    assert block_length(tmp_path, None, 10) == 4
+    path.write_text(json.dumps(state | {"data_pos": 9}))
+    assert block_length(tmp_path, None, 10) == 1
+    assert block_length(tmp_path, 2, 10) == 2
+    assert block_length(tmp_path / "elsewhere", None, 10) == 1, "the model/ folder of the checkpoint"
+    path.unlink()
+    assert block_length(tmp_path, None, 10) == 0

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed import runs
+
 pytestmark = pytest.mark.distributed
 
 WORLD = 2
@@ -56,7 +58,7 @@ torch.save(found, sys.argv[1])
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("partitioned")
     shared = os.environ | {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29437", "WORLD_SIZE": str(WORLD)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(runs.free_port()), "WORLD_SIZE": str(WORLD)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(folder / f"{rank}.pt")],

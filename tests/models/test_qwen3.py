@@ -174,6 +174,22 @@ def test_a_noisy_block_sees_the_clean_blocks_before_it(direction: str, packed: b
         model(noisy, clean_ids=clean)
 
 
+def test_with_prompt_and_own_block_other_blocks_have_no_influence() -> None:
+    model, ids = _model(), _ids(2, 10)
+    with torch.no_grad():
+        before = model(ids, block_ids=BLOCKS, prompt_and_own_block=True).logits
+        for place in range(10):
+            changed = ids.clone()
+            changed[:, place] = (changed[:, place] + 1) % 96
+            moved = (model(changed, block_ids=BLOCKS, prompt_and_own_block=True).logits != before).any(-1)
+            assert torch.equal(moved[:, place], torch.ones(2, dtype=torch.bool))
+            own = BLOCKS[:, place : place + 1] == BLOCKS
+            prompt = BLOCKS[:, place] == 0
+            assert torch.equal(moved, own | prompt[:, None]), place
+    with pytest.raises(ValueError, match="needs block_ids"):
+        model(ids, prompt_and_own_block=True)
+
+
 def test_the_mask_of_flex_attention_is_the_dense_one() -> None:
     from torch.nn.attention.flex_attention import create_mask
 

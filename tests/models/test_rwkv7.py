@@ -256,6 +256,11 @@ def test_blocks_that_cannot_be_are_refused() -> None:
         make()(ids, clean_ids=ids)
     with pytest.raises(ValueError, match="dw_jrt takes no block_ids"):
         make("seed")(ids, block_ids=BLOCKS)
+    seeded = make("seed").blocks[1].att
+    blocks = Documents.with_blocks(torch.zeros(2, 12), BLOCKS, clean_follows=True)
+    x = torch.zeros(1, 48, C)
+    with pytest.raises(ValueError, match="takes no documents with blocks"):
+        seeded(x, x, blocks, below=torch.zeros(2, C // N, N, N))
     with pytest.raises(ValueError, match=r"block_ids are \[2, 11\], but input_ids \[2, 12\]"):
         make()(ids, block_ids=BLOCKS[:, :11])
 
