@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,25 +20,10 @@ from data_pipeline.reserved_ids import ids_in_use, refuse_in_data
 from data_pipeline.shards import ShardedSource
 from data_pipeline.tokenizer_backends.byte_alphabet import BYTE_OF_CHARACTER
 from dlm_dist import models
-from launcher import cli
+from tests.commands import dlm, mistake
 
 # Bytes 0..255, "th" 256, two special tokens of tokenizer.json, and a third that only tokenizer_config.json lists.
 V, LISTED, ELSEWHERE, FREE = 320, (257, 258), 260, 259
-
-
-def dlm(*arguments: Any) -> int:
-    return cli.main([str(argument) for argument in arguments])
-
-
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The sentence that a wrong command prints."""
-    capsys.readouterr()
-    assert dlm(*arguments) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("dlm: error: ")
-    assert output.err.count("\n") == 1
-    return output.err
 
 
 @pytest.fixture(scope="module")

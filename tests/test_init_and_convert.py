@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from data_pipeline.build import BuildOptions, build_dataset
 from data_pipeline.shards import ShardedSource
 from data_pipeline.tokenizers import Tokenizer
 from dlm_dist import models
-from launcher import cli
+from tests.commands import dlm, mistake
 
 CONFIG = """
 run: {dir: unused, seed: 3}
@@ -36,21 +35,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build_dataset(BuildOptions(inputs, output, tokenizer="bytes", sequence_length=16))
     (folder / "run.yaml").write_text(CONFIG.replace("DATA", str(folder / "data" / "train")))
     return folder / "run.yaml"
-
-
-def dlm(*arguments: Any) -> int:
-    return cli.main([str(argument) for argument in arguments])
-
-
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The sentence that a wrong command prints."""
-    capsys.readouterr()
-    assert dlm(*arguments) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("dlm: error: ")
-    assert output.err.count("\n") == 1
-    return output.err
 
 
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])

@@ -156,6 +156,21 @@ def write_folder(
             add_files(folder)
 
 
+def read_their_config(folder: Path, owner: str, model_type: str, hint: str = "") -> dict[str, Any]:
+    """The config.json of a folder of `owner`. Raises ValueError unless it says `model_type`; `hint` tells more."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no folder of {owner}: it has no config.json.")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    found = fields.get("model_type") if isinstance(fields, dict) else None
+    if found != model_type:
+        raise ValueError(f"{file}: model_type is {found!r}, expected {model_type!r}{hint}.")
+    return dict(fields)
+
+
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of model.safetensors, or of the files of its index, mapped into memory. Raises ValueError."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"

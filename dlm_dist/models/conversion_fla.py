@@ -22,6 +22,7 @@ from dlm_dist.models.conversion import (
     fill_unused,
     read_safetensors,
     read_tensor_file,
+    read_their_config,
     require_causal_rwkv7,
     staged,
     write_safetensors,
@@ -132,7 +133,7 @@ def read_fla(folder: Path) -> Weights[RWKV7Config]:
     Raises ValueError naming a field of config.json that our model cannot represent, or a tensor that is missing,
     misshapen or unknown with its shape and the one expected.
     """
-    fields = _read_config(folder)
+    fields = read_their_config(folder, "fla's", MODEL_TYPE)
     config = _our_config(fields, folder / "config.json")
     theirs = _split_old_mixes(read_safetensors(folder))
     shapes = expected_shapes(config)
@@ -200,20 +201,6 @@ def _their_config(weights: Weights[RWKV7Config]) -> dict[str, Any]:
         "dtype": str(weights.dtype).removeprefix("torch."),
         **{name: getattr(config, name, None) for name in _TOKEN_IDS},
     }
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is no folder of fla's: it has no config.json.")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("model_type") != MODEL_TYPE:
-        found = fields.get("model_type") if isinstance(fields, dict) else None
-        raise ValueError(f"{file}: model_type is {found!r}, expected {MODEL_TYPE!r}.")
-    return fields
 
 
 def _our_config(fields: Mapping[str, Any], file: Path) -> RWKV7Config:

@@ -14,7 +14,14 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen3Config
 
-from dlm_dist.models.conversion import Weights, fitting_tensors, read_safetensors, staged, write_safetensors
+from dlm_dist.models.conversion import (
+    Weights,
+    fitting_tensors,
+    read_safetensors,
+    read_their_config,
+    staged,
+    write_safetensors,
+)
 from dlm_dist.models.qwen3 import Qwen3DiffusionConfig
 
 MODEL_TYPE = "qwen3"
@@ -46,7 +53,7 @@ def read_qwen3(folder: Path) -> Weights[Qwen3DiffusionConfig]:
     Raises ValueError naming a field of config.json that our model cannot represent, or a tensor that is missing,
     misshapen or unknown.
     """
-    fields = _read_config(folder)
+    fields = read_their_config(folder, "a Qwen3 model", MODEL_TYPE, ": only dense Qwen3 models can be converted")
     config = _our_config(fields, folder / "config.json")
     return Weights(config, fitting_tensors(config, read_safetensors(folder), folder))
 
@@ -69,22 +76,6 @@ def write_qwen3(
             add_files(folder)
         text = json.dumps(_their_config(weights), indent=2, sort_keys=True)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} is no folder of a Qwen3 model: it has no config.json.")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
-    if model_type != MODEL_TYPE:
-        raise ValueError(
-            f"{file}: model_type is {model_type!r}, expected {MODEL_TYPE!r}: only dense Qwen3 models can be converted."
-        )
-    return dict(fields)
 
 
 def _our_config(fields: Mapping[str, Any], file: Path) -> Qwen3DiffusionConfig:
