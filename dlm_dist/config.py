@@ -201,14 +201,17 @@ class OptimizerSection(Section):
         default=0.1,
         description="decoupled decay per step, relative to the learning rate; large matrices only",
     )
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "rwkv"] = Field(
         default="cosine",
-        description="course of the learning rate after the warm-up; wsd: constant, then linear over decay_steps",
+        description="course of the learning rate after the warm-up; wsd: constant, then linear over decay_steps; "
+        "inverse_sqrt: by 1 / sqrt(step); rwkv: RWKV-LM's cosine and warm-up",
     )
     warmup_steps: NonNegative = Field(default=0, description="steps of linear rise to the peak (steps)")
-    decay_steps: Positive | None = Field(default=None, description="wsd: steps of the final decay (steps); no default")
+    decay_steps: Positive | None = Field(
+        default=None, description="steps of the final, linear decay (steps); wsd needs it, inverse_sqrt may have it"
+    )
     min_lr_ratio: Fraction = Field(
-        default=0.1, description="learning rate at the last step over the peak; cosine, linear and wsd"
+        default=0.1, description="learning rate at the last step over the peak; for all but constant"
     )
 
     def contradictions(self) -> Iterator[Mistake]:
@@ -216,11 +219,11 @@ class OptimizerSection(Section):
             yield Mistake(
                 "optimizer.decay_steps", "optimizer.decay_steps is missing: the schedule wsd needs its number of steps"
             )
-        if self.schedule != "wsd" and self.decay_steps is not None:
+        if self.schedule not in ("wsd", "inverse_sqrt") and self.decay_steps is not None:
             yield about(
                 "optimizer.decay_steps",
                 self.decay_steps,
-                f"a key of wsd only, and optimizer.schedule is {self.schedule}: remove it",
+                f"a key of wsd and inverse_sqrt, and optimizer.schedule is {self.schedule}: remove it",
             )
 
 

@@ -359,7 +359,7 @@ def test_the_nearest_key(write, key, nearest):
         (RWKV7, ["train.eval_every=5"], "train.eval_every is 5: expected null, since data.validation is not given"),
         (RWKV7, ["optimizer.warmup_steps=11"], "optimizer.warmup_steps is 11: expected at most train.max_steps = 10"),
         (RWKV7, ["optimizer.schedule=wsd"], "optimizer.decay_steps is missing: the schedule wsd needs"),
-        (RWKV7, ["optimizer.decay_steps=3"], "optimizer.decay_steps is 3: a key of wsd only"),
+        (RWKV7, ["optimizer.decay_steps=3"], "optimizer.decay_steps is 3: a key of wsd and inverse_sqrt"),
         (
             RWKV7,
             ["optimizer.schedule=wsd", "optimizer.decay_steps=9", "optimizer.warmup_steps=2"],

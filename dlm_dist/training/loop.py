@@ -16,7 +16,7 @@ from dlm_dist.diffusion.model_inputs import on_device
 from dlm_dist.training.batches import RankStep, StepTotals, gather_totals
 from dlm_dist.training.engine import gradient_norm, set_learning_rate
 from dlm_dist.training.errors import TrainingStoppedError
-from dlm_dist.training.lr_schedules import lr_factor
+from dlm_dist.training.lr_schedules import Course, lr_factor
 from dlm_dist.training.metrics import MetricsLog, Stopwatch
 
 
@@ -109,14 +109,8 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         settings = self.config.optimizer
-        return settings.lr * lr_factor(
-            settings.schedule,
-            step,
-            self.max_steps,
-            settings.warmup_steps,
-            settings.min_lr_ratio,
-            settings.decay_steps,
-        )
+        course = Course(self.max_steps, settings.warmup_steps, settings.min_lr_ratio, settings.decay_steps)
+        return settings.lr * lr_factor(settings.schedule, step, course)
 
     def _train_step(self, batch: RankStep, totals: StepTotals) -> float:
         """Forward and backward over the micro-batches, one update -> loss over all ranks. Collective.

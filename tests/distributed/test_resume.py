@@ -170,6 +170,20 @@ def test_a_rollback_leaves_the_other_branch_for_good(data, tmp_path):
     assert steps == list(range(1, 13))
 
 
+@pytest.mark.slow
+def test_a_decay_begins_at_any_checkpoint_of_the_stable_phase(data, tmp_path):
+    """It is the run that was given this end from the start."""
+    wsd = {"optimizer__schedule": "wsd", "optimizer__decay_steps": 3, "train__max_steps": 9}
+    long, short, decay = tmp_path / "long", tmp_path / "short", tmp_path / "decay"
+    runs.train(runs.overrides(data, long, **wsd | {"train__max_steps": 12}), ranks=1)
+    runs.train(runs.overrides(data, short, **wsd), ranks=1)
+    runs.train(runs.overrides(data, decay, **wsd), ranks=1, resume=str(long / "checkpoints" / "step-4"))
+    assert [record["step"] for record in runs.metrics(decay)] == [5, 6, 7, 8, 9]
+    for mine, other in zip(runs.metrics(decay), runs.metrics(short)[4:], strict=True):
+        assert {key: mine[key] for key in runs.EXACT} == {key: other[key] for key in runs.EXACT}
+    assert runs.metrics(decay)[-1]["lr"] < runs.metrics(long)[8]["lr"]
+
+
 def test_what_the_end_of_a_run_needs_is_checked_at_its_start(data, tmp_path):
     for change, said in (
         ({"data__validation": tmp_path / "nowhere"}, "does not exist"),
