@@ -198,11 +198,14 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
             self.model.embed_tokens.weight[self.config.pad_token_id] = 0.0
 
     def parameter_roles(self) -> dict[str, str]:
-        """The role of each name in `named_parameters()`: matrix, embedding, head (if untied) or vector."""
+        """The role of each name in `named_parameters()`: matrix, embedding, head (if untied) or vector.
+
+        By name alone: in a model that ZeRO-3 has cut into parts no parameter has its shape.
+        """
         special = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
         return {
-            name: special.get(name, "matrix" if parameter.dim() == 2 else "vector")
-            for name, parameter in self.named_parameters()
+            name: special.get(name, "vector" if name.endswith(("norm.weight", ".bias")) else "matrix")
+            for name, _ in self.named_parameters()
         }
 
     def flops_per_token(self, sequence_length: int) -> float:

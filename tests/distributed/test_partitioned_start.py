@@ -39,7 +39,8 @@ for backbone, extra in (("rwkv7", ["model.head_size=16"]), ("qwen3", ["model.num
         plan = resolve_batch(config.train, 2)
         start = starting_model(config, plan, mask_token_id=98)
         sizes = [p.numel() for p in start.model.parameters()]
-        engine, _ = build_engine(start.model, config, plan, start.unrounded)
+        roles = start.model.parameter_roles()
+        engine, table = build_engine(start.model, config, plan, start.unrounded)
         values = {}
         for name, parameter in engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
@@ -49,7 +50,7 @@ for backbone, extra in (("rwkv7", ["model.head_size=16"]), ("qwen3", ["model.num
             for shard in zero_state.shards(engine) for piece in shard.pieces
         ]
         buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
-        found[backbone, precision] = sizes, values, pieces, buffers
+        found[backbone, precision] = sizes, values, pieces, buffers, roles, table
 torch.save(found, sys.argv[1])
 """
 
@@ -89,8 +90,11 @@ def test_a_model_born_in_parts_holds_the_initial_values(found: list[dict], backb
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     covered = dict.fromkeys(want, 0)
     for rank in range(WORLD):
-        numbers, values, pieces, buffers = found[rank][backbone, precision]
+        numbers, values, pieces, buffers, roles, table = found[rank][backbone, precision]
         assert not any(numbers), "no rank held whole parameters of its own"
+        assert roles == whole.parameter_roles()
+        assert {row["role"] for row in table} == set(roles.values())
+        assert sum(row["parameters"] for row in table) == sum(p.numel() for p in whole.parameters())
         assert set(values) == set(want)
         for name, value in values.items():
             assert torch.equal(value, want[name].to(dtype)), name
