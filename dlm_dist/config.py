@@ -347,9 +347,6 @@ def _objective_fits(parts: Mapping[str, Any]) -> Iterator[Mistake]:
         reason = compatibility.refusal(name, model.backbone, model.direction)
         if reason is not None:
             yield about("model.direction", model.direction, f"expected {reason}")
-    if "train" in parts and parts["train"].sample_every is not None and name == "block":
-        every = parts["train"].sample_every
-        yield about("train.sample_every", every, "expected null: texts of block diffusion cannot be drawn yet")
     if "train" in parts and parts["train"].eval_draws > 1 and name in ("ar", "card"):
         yield about(
             "train.eval_draws",

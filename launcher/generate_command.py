@@ -7,15 +7,26 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.trained_as import objective_of, shifted
+from launcher.trained_as import block_length, objective_of, shifted, trained_identity
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from data_pipeline.tokenizer_base import Tokenizer
+    from dlm_dist.generation.samplers import ChoiceOptions
 
 _DEFAULT_LENGTH = 128
-_OPTIONS_OF = {"mdlm": ("infill", "steps", "block_length", "remasking"), "ar": ("top_k", "top_p")}
+_AHEAD = "card with --block-length"
+_OWNERS = {
+    "infill": ("mdlm",),
+    "steps": ("mdlm", "block", _AHEAD),
+    "block_length": ("mdlm", "block", _AHEAD),
+    "remasking": ("mdlm", "block", _AHEAD),
+    "threshold": ("mdlm", "block", _AHEAD),
+    "top_k": ("ar", "card"),
+    "top_p": ("ar", "card"),
+}
+"""Which objectives' texts each option is for."""
 
 
 def add_generate_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,8 +35,9 @@ def add_generate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
         "generate",
         help="continue a prompt or fill the gaps of a text",
         description="Continue a prompt, or with --infill fill its gaps, written {{mask:N}} for N tokens. A masked "
-        "diffusion model (mdlm) commits tokens surest first (low-confidence remasking); a causal language model (ar) "
-        "writes from left to right and fills no gaps. The text goes to standard output.",
+        "diffusion model (mdlm) commits tokens surest first (low-confidence remasking); block diffusion (block) does "
+        "so in one block after the other; a causal language model (ar, card) writes from left to right, that of card "
+        "with --block-length several tokens at once. The text goes to standard output.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint: RUN/checkpoints/step-N")
     prompt = parser.add_mutually_exclusive_group(required=True)
@@ -35,11 +47,24 @@ def add_generate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
     parser.add_argument(
         "--length", type=int, metavar="N", help=f"tokens to add, not with --infill (default {_DEFAULT_LENGTH})"
     )
-    parser.add_argument("--steps", type=int, metavar="S", help="mdlm: model calls (default: one per token to fill)")
-    parser.add_argument("--block-length", type=int, metavar="N", help="mdlm: fill blocks of N tokens left to right")
+    parser.add_argument(
+        "--steps", type=int, metavar="S", help="mdlm, block: model calls at most (default: one per token to fill)"
+    )
+    parser.add_argument(
+        "--block-length",
+        type=int,
+        metavar="N",
+        help="fill blocks of N tokens left to right (default: mdlm all at once, block as it was trained, card one)",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) = likeliest token")
     parser.add_argument(
-        "--remasking", choices=("low_confidence", "random"), help="mdlm: what a step keeps (default: low_confidence)"
+        "--remasking", choices=("low_confidence", "random"), help="mdlm, block: what a step keeps (low_confidence)"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="mdlm, block: a step also keeps what is surer than this probability",
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="ar: draw from the K likeliest tokens (default: all)")
     parser.add_argument(
@@ -69,10 +94,12 @@ def run_generate(arguments: argparse.Namespace) -> int:
     model.to(torch.device(device))
     tokenizer = Tokenizer.load(_tokenizer_folder(folder))
     objective = objective_of(folder, model.direction, None)
-    if objective == "block":
-        raise ValueError(f"{folder} was trained by block diffusion: texts of such models cannot be drawn yet")
+    if trained_identity(folder).get("objective.name") == "card":
+        objective = "card" if arguments.block_length is None else _AHEAD
     _require_options_of(objective, arguments)
-    write = _left_to_right if objective == "ar" else _by_remasking
+    write = {"ar": _left_to_right, "card": _left_to_right, "block": _in_blocks, _AHEAD: _ahead}.get(
+        objective, _by_remasking
+    )
     ids = write(model, tokenizer, prompt, arguments)
     print(tokenizer.decode(until_the_end(ids, tokenizer.eos_id)))
     return 0
@@ -86,7 +113,7 @@ def _left_to_right(model: Any, tokenizer: Tokenizer, prompt: str, arguments: arg
     return continue_text(
         model,
         tokenizer.encode(prompt),
-        _DEFAULT_LENGTH if arguments.length is None else arguments.length,
+        _length(arguments),
         eos_id=tokenizer.eos_id,
         seed=arguments.seed,
         temperature=arguments.temperature,
@@ -96,20 +123,52 @@ def _left_to_right(model: Any, tokenizer: Tokenizer, prompt: str, arguments: arg
     )
 
 
+def _in_blocks(model: Any, tokenizer: Tokenizer, prompt: str, arguments: argparse.Namespace) -> Tensor:
+    """Ids [T] of the prompt and what a model of block diffusion adds."""
+    from dlm_dist.generation.blocks import generate_blocks
+
+    size = block_length(Path(arguments.model), arguments.block_length)
+    if size == 0:  # blocks of whole rows: masked diffusion
+        return _by_remasking(model, tokenizer, prompt, arguments)
+    length = _length(arguments)
+    return generate_blocks(
+        model,
+        tokenizer.encode(prompt),
+        length,
+        _steps(arguments, length),
+        block_length=size,
+        eos_id=tokenizer.eos_id,
+        **_choice(model, tokenizer, arguments),
+    )
+
+
+def _ahead(model: Any, tokenizer: Tokenizer, prompt: str, arguments: argparse.Namespace) -> Tensor:
+    """Ids [T] of the prompt and what a CARD model adds, several tokens at once."""
+    from dlm_dist.generation.blocks import generate_ahead
+
+    length = _length(arguments)
+    return generate_ahead(
+        model,
+        tokenizer.encode(prompt),
+        length,
+        _steps(arguments, length),
+        block_length=arguments.block_length,
+        eos_id=tokenizer.eos_id,
+        **_choice(model, tokenizer, arguments),
+    )
+
+
 def _by_remasking(model: Any, tokenizer: Tokenizer, prompt: str, arguments: argparse.Namespace) -> Tensor:
     """Ids [T] of the prompt, continued or with its gaps filled by a masked diffusion model."""
-    from dlm_dist.generation.samplers import DecodingOptions, generate, ids_without_text, infill, parse_gaps
+    from dlm_dist.generation.samplers import DecodingOptions, generate, infill, parse_gaps
 
-    options = DecodingOptions(
-        block_length=arguments.block_length,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        remasking=arguments.remasking or "low_confidence",
-        forbidden_ids=ids_without_text(tokenizer, model.config.vocab_size),
-        shifted_behind=tokenizer.eos_id if shifted(Path(arguments.model)) else None,
-    )
+    options: DecodingOptions = {
+        **_choice(model, tokenizer, arguments),
+        "block_length": arguments.block_length,
+        "shifted_behind": tokenizer.eos_id if shifted(Path(arguments.model)) else None,
+    }
     if not arguments.infill:
-        length = _DEFAULT_LENGTH if arguments.length is None else arguments.length
+        length = _length(arguments)
         steps = _steps(arguments, length)
         return generate(model, tokenizer.encode(prompt), length, steps, eos_id=tokenizer.eos_id, **options)
     ids = parse_gaps(prompt, tokenizer)
@@ -120,15 +179,27 @@ def _by_remasking(model: Any, tokenizer: Tokenizer, prompt: str, arguments: argp
     return infill(model, ids, _steps(arguments, gaps), **options)
 
 
+def _choice(model: Any, tokenizer: Tokenizer, arguments: argparse.Namespace) -> ChoiceOptions:
+    """How tokens are chosen where they are committed surest first."""
+    from dlm_dist.generation.samplers import ChoiceOptions, ids_without_text
+
+    return ChoiceOptions(
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        remasking=arguments.remasking or "low_confidence",
+        threshold=arguments.threshold,
+        forbidden_ids=ids_without_text(tokenizer, model.config.vocab_size),
+    )
+
+
 def _require_options_of(objective: str, arguments: argparse.Namespace) -> None:
-    """Raise ValueError for an option of the other objective's sampler."""
-    for other, names in _OPTIONS_OF.items():
-        for name in names:
-            if other != objective and getattr(arguments, name) not in (None, False):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is an option of {other}, but {arguments.model} was trained with the "
-                    f"objective {objective}: leave it out"
-                )
+    """Raise ValueError for an option of other objectives' texts."""
+    for name, owners in _OWNERS.items():
+        if objective not in owners and getattr(arguments, name) not in (None, False):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is an option of {', '.join(owners)}, but {arguments.model} was trained "
+                f"with the objective {objective}: leave it out"
+            )
 
 
 def _prompt(arguments: argparse.Namespace) -> str:
@@ -148,6 +219,10 @@ def _tokenizer_folder(model: Path) -> Path:
         if folder.is_dir():
             return folder
     raise ValueError(f"{model} has no tokenizer/ folder: name a checkpoint (RUN/checkpoints/step-N).")
+
+
+def _length(arguments: argparse.Namespace) -> int:
+    return _DEFAULT_LENGTH if arguments.length is None else int(arguments.length)
 
 
 def _steps(arguments: argparse.Namespace, tokens: int) -> int:

@@ -44,8 +44,11 @@ def objective_of(checkpoint: Path, direction: str, wanted: str | None, tell: boo
     return str(name)
 
 
-def block_length(checkpoint: Path, wanted: int | None, sequence_length: int) -> int:
-    """`wanted`, else the block length that holds where `checkpoint` was saved; 0, the whole row, if nothing says it."""
+def block_length(checkpoint: Path, wanted: int | None, sequence_length: int | None = None) -> int:
+    """`wanted`, else the block length that holds where `checkpoint` was saved; 0, the whole row, if nothing says it.
+
+    `sequence_length` of the rows; None: that of the checkpoint, or ValueError where the checkpoint does not say it.
+    """
     from data_pipeline.order import SkipList
     from dlm_dist.diffusion.block_diffusion import BlockLengths
 
@@ -53,8 +56,12 @@ def block_length(checkpoint: Path, wanted: int | None, sequence_length: int) -> 
     phases = state.get("identity", {}).get("objective.block_lengths")
     if wanted is not None or not phases:
         return wanted or 0
+    sequence_length = sequence_length or state.get("sequence_length")
+    if sequence_length is None:
+        raise ValueError(f"{checkpoint} does not say how long the rows were: give --block-length")
     position = SkipList([(first, stop) for first, stop in state["skipped_ranges"]]).positions(state["data_pos"], 1)
-    return int(BlockLengths(tuple((tokens, length) for tokens, length in phases)).at(position, sequence_length)[0])
+    schedule = BlockLengths(tuple((tokens, length) for tokens, length in phases))
+    return int(schedule.at(position, sequence_length)[0]) % sequence_length
 
 
 def shifted(checkpoint: Path) -> bool:

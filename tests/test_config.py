@@ -309,7 +309,6 @@ def test_the_nearest_key(write, key, nearest):
         ),
         (RWKV7, [*AR, "train.eval_draws=4"], "train.eval_draws is 4: expected 1, since the likelihood of a model"),
         (RWKV7, ["objective.name=block", "model.direction=dw_jrt"], "a seed has seen the blocks that are to come"),
-        (RWKV7, ["objective.name=block", "train.sample_every=5"], "train.sample_every is 5: expected null: texts of"),
         (RWKV7, ["objective.name=block", "objective.block_lengths=[]"], "expected at least one phase"),
         (
             RWKV7,

@@ -7,10 +7,12 @@ hidden for the next step. Continuing a prompt and filling gaps in a text are the
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypedDict, Unpack
 
 import numpy as np
@@ -50,14 +52,20 @@ class TextIds(Protocol):
         """Bytes of text per id [vocab_size], None if unknown."""
 
 
-class DecodingOptions(TypedDict, total=False):
-    """Options of every function here; `Decoding` says what each one means and its default."""
+class ChoiceOptions(TypedDict, total=False):
+    """Options of every decoder that commits hidden tokens; `Decoding` says what each one means and its default."""
 
-    block_length: int | None
     temperature: float
     seed: int
     remasking: str
+    threshold: float | None
     forbidden_ids: Sequence[int]
+
+
+class DecodingOptions(ChoiceOptions, total=False):
+    """Options of every function here."""
+
+    block_length: int | None
     shifted_behind: int | None
 
 
@@ -72,6 +80,8 @@ class Decoding:
     seed: of that noise. The same seed on the same device gives the same tokens.
     remasking: which tokens a step keeps. "low_confidence" keeps those with the highest probability (at temperature
         1), ties going to the left; "random" keeps random ones.
+    threshold: beside its share, a step of "low_confidence" keeps every token whose probability is above this, so that
+        fewer steps are needed (Fast-dLLM, LLaDA 2); None: only its share.
     forbidden_ids: never written, and out of the probabilities, as the mask token always is.
     shifted_behind: for a model trained with `objective.shift`, which predicts a token at the place in front of it: the
         id that stands in front of each row (end of text). None for other models.
@@ -82,6 +92,7 @@ class Decoding:
     temperature: float = 0.0
     seed: int = 0
     remasking: str = "low_confidence"
+    threshold: float | None = None
     forbidden_ids: Sequence[int] = ()
     shifted_behind: int | None = None
 
@@ -94,6 +105,10 @@ class Decoding:
             raise ValueError(f"temperature is {self.temperature}: it must be 0 or a positive number.")
         if self.remasking not in REMASKING:
             raise ValueError(f"remasking is {self.remasking!r}: it must be one of {', '.join(REMASKING)}.")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(f"threshold is {self.threshold}: it must be a probability above 0 and below 1.")
+        if self.threshold is not None and self.remasking == "random":
+            raise ValueError("threshold goes with remasking low_confidence: random remasking does not ask how sure.")
 
 
 def generate(
@@ -114,16 +129,14 @@ def generate(
         raise ValueError(f"length is {length}: there must be at least one token to generate.")
     prompts = as_batch(prompt_ids, model)
     batch, start = prompts.shape
-    ids = torch.cat([prompts, prompts.new_full((batch, length), _mask_id(model))], dim=1)
+    ids = torch.cat([prompts, prompts.new_full((batch, length), mask_id_of(model))], dim=1)
     fillable = torch.zeros_like(ids, dtype=torch.bool)
     fillable[:, start:] = True
     for after_block in _after_each_block(model, ids, fillable, Decoding(steps, **options), None):
         ids = after_block
-        if eos_id is not None and bool((ids[:, start:] == eos_id).any(dim=1).all()):
+        if all_ended(ids[:, start:], eos_id):
             break
-    if eos_id is not None:
-        ended = (ids == eos_id) & fillable
-        ids = ids.masked_fill(ended.cumsum(dim=1) > 0, eos_id)
+    ids = torch.cat([prompts, only_eos_behind_eos(ids[:, start:], eos_id)], dim=1)
     return ids.view(*np.shape(prompt_ids)[:-1], start + length).cpu()
 
 
@@ -141,7 +154,7 @@ def infill(
     collective: every rank must call, with equal arguments.
     """
     ids = as_batch(ids_with_masks, model)
-    filled = denoise(model, ids, ids == _mask_id(model), steps, document_ids=document_ids, **options)
+    filled = denoise(model, ids, ids == mask_id_of(model), steps, document_ids=document_ids, **options)
     return filled.view(np.shape(ids_with_masks)).cpu()
 
 
@@ -186,42 +199,91 @@ def parse_gaps(text: str, tokenizer: TextEncoder) -> list[int]:
     return ids
 
 
+def all_ended(written: Tensor, eos_id: int | None) -> bool:
+    """Whether every row of `written` [B, N] holds an end of text; no row does where `eos_id` is None."""
+    return eos_id is not None and bool((written == eos_id).any(dim=1).all())
+
+
+def only_eos_behind_eos(written: Tensor, eos_id: int | None) -> Tensor:
+    """`written` [B, N] with `eos_id`, if there is one, in place of all that follows the first one of a row."""
+    if eos_id is None:
+        return written
+    return written.masked_fill((written == eos_id).cumsum(dim=1) > 0, eos_id)
+
+
+def steps_of_blocks(decoding: Decoding, block_length: int | None, count: int) -> list[int]:
+    """The steps of each of `count` blocks. Raises ValueError where there are not enough for one each."""
+    if decoding.steps < count:
+        raise ValueError(
+            f"steps is {decoding.steps}, but there are {count} blocks of {block_length} tokens to fill,"
+            " and each of them needs a step."
+        )
+    return [decoding.steps // count + (block < decoding.steps % count) for block in range(count)]
+
+
 def _after_each_block(
     model: PreTrainedModel, ids: Tensor, fillable: Tensor, decoding: Decoding, document_ids: Tensor | None
 ) -> Iterator[Tensor]:
     """Yields the ids [B, T] with everything hidden, then again after each block."""
     blocks = _blocks(fillable, decoding.block_length)
     count = int(blocks.max()) + 1 if blocks.numel() else 0
-    if decoding.steps < count:
-        raise ValueError(
-            f"steps is {decoding.steps}, but there are {count} blocks of {decoding.block_length} tokens to fill,"
-            " and each of them needs a step."
-        )
-    mask_id = _mask_id(model)
-    sampler = _Sampler(decoding, mask_id, ids.device)
-    ids = ids.long().masked_fill(fillable, mask_id)
+    steps = steps_of_blocks(decoding, decoding.block_length, count) if count else []
+    sampler = Sampler(decoding, mask_id_of(model), ids.device)
+    ids = ids.long().masked_fill(fillable, mask_id_of(model))
     yield ids
-    for block in range(count):
-        hidden = blocks == block
-        steps = decoding.steps // count + (block < decoding.steps % count)
-        for quota in commit_quotas(hidden.sum(dim=1), steps).unbind(dim=1):
-            if bool(quota.any()):
-                tokens, confidence = _predict(model, sampler, ids, hidden, document_ids)
-                commit = _highest(confidence, quota) & hidden
-                ids = torch.where(commit, tokens, ids)
-                hidden = hidden & ~commit
+    for block, its_steps in enumerate(steps):
+        look = partial(_whole_rows, model, document_ids=document_ids, shifted_behind=decoding.shifted_behind)
+        ids = sampler.fill(look, ids, blocks == block, its_steps)
         yield ids
 
 
-class _Sampler:
-    """Chooses a token and a confidence for each row of logits."""
+@torch.no_grad()
+def _whole_rows(model: PreTrainedModel, ids: Tensor, document_ids: Tensor | None, shifted_behind: int | None) -> Tensor:
+    """Logits [B, T, V], those of the token at each place; [B, T + 1, V] for a shifted model."""
+    if shifted_behind is not None:
+        ids = torch.cat([torch.full_like(ids[:, :1], shifted_behind), ids], dim=1)
+        if document_ids is not None:
+            document_ids = torch.cat([document_ids[:, :1], document_ids], dim=1)
+    with evaluating(model):
+        logits: Tensor = model(input_ids=ids, document_ids=document_ids).logits
+    return logits
+
+
+class Sampler:
+    """Chooses tokens and how sure they are, and fills hidden places surest first."""
 
     def __init__(self, decoding: Decoding, mask_id: int, device: torch.device) -> None:
         self.temperature = decoding.temperature
         self.remasking = decoding.remasking
-        self.shifted_behind = decoding.shifted_behind
+        self.threshold = None if decoding.threshold is None else math.log(decoding.threshold)
         self.excluded = torch.tensor(sorted({mask_id, *decoding.forbidden_ids}), device=device)
         self.generator = torch.Generator(device).manual_seed(decoding.seed)
+
+    def fill(self, look: Callable[[Tensor], Tensor], ids: Tensor, hidden: Tensor, steps: int) -> Tensor:
+        """`ids` [B, T] with the `hidden` [B, T] places filled in at most `steps` steps.
+
+        `look` gives the logits [B, T, V] of ids [B, T] in which the places that are still hidden hold the mask token.
+        """
+        for quota in commit_quotas(hidden.sum(dim=1), steps).unbind(dim=1):
+            if bool(((quota > 0) & hidden.any(dim=1)).any()):
+                tokens, confidence = self._predict(look(ids), ids, hidden)
+                commit = _highest(confidence, quota)
+                if self.threshold is not None:
+                    commit = commit | (confidence > self.threshold)
+                commit = commit & hidden
+                ids = torch.where(commit, tokens, ids)
+                hidden = hidden & ~commit
+        return ids
+
+    def _predict(self, logits: Tensor, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """A token [B, T] for each hidden place, and how sure it is [B, T] fp32 (-inf elsewhere)."""
+        rows, columns = hidden.nonzero(as_tuple=True)
+        tokens = ids.clone()
+        confidence = torch.full(ids.shape, -torch.inf, device=ids.device)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            some = (rows[start : start + _ROWS_AT_ONCE], columns[start : start + _ROWS_AT_ONCE])
+            tokens[some], confidence[some] = self(logits[some])
+        return tokens, confidence
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [R, V] to tokens [R] and confidences [R] fp32 (log probabilities or random numbers).
@@ -244,27 +306,6 @@ class _Sampler:
 
     def _uniform(self, shape: torch.Size) -> Tensor:
         return torch.rand(shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
-
-
-@torch.no_grad()
-def _predict(
-    model: PreTrainedModel, sampler: _Sampler, ids: Tensor, hidden: Tensor, document_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """A token [B, T] for each hidden position, and how sure it is [B, T] fp32 (-inf elsewhere)."""
-    inputs = ids
-    if sampler.shifted_behind is not None:
-        inputs = torch.cat([torch.full_like(ids[:, :1], sampler.shifted_behind), ids], dim=1)
-        if document_ids is not None:
-            document_ids = torch.cat([document_ids[:, :1], document_ids], dim=1)
-    with evaluating(model):
-        logits = model(input_ids=inputs, document_ids=document_ids).logits  # [B, T], shifted: [B, T + 1]
-    rows, columns = hidden.nonzero(as_tuple=True)
-    tokens = ids.clone()
-    confidence = torch.full(ids.shape, -torch.inf, device=ids.device)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        some = (rows[start : start + _ROWS_AT_ONCE], columns[start : start + _ROWS_AT_ONCE])
-        tokens[some], confidence[some] = sampler(logits[some])
-    return tokens, confidence
 
 
 @contextmanager
@@ -317,7 +358,8 @@ def as_batch(ids: Ids, model: PreTrainedModel) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor[None]
 
 
-def _mask_id(model: PreTrainedModel) -> int:
+def mask_id_of(model: PreTrainedModel) -> int:
+    """The id that stands for a hidden token. Raises ValueError for a model that has none."""
     mask_id: int | None = model.config.mask_token_id
     if mask_id is None:
         raise ValueError("The model's configuration has no mask_token_id, so it cannot denoise.")

@@ -6,6 +6,8 @@ logits. Attention runs through PyTorch's SDPA; a mask tensor is built only for p
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
@@ -138,32 +140,52 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         rows = hidden.flatten(0, 1).index_select(0, supervised)
         return self.lm_head(rows, targets, weights, per_row, l2wrap, label_smoothing, confidence_weight)
 
-    def incremental(self, input_ids: Tensor, state: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
+    def incremental(
+        self, input_ids: Tensor, state: DynamicCache | None = None, block_length: int | None = None
+    ) -> tuple[Tensor, DynamicCache]:
         """Logits [B, T, V] of tokens [B, T] that follow those of `state`, and the state behind them.
 
         T is any number: a prompt in one call, then token by token. The logits are those of one pass over all tokens.
-        The state, keys and values of every token, grows in place: one that was handed in is not to be used again.
-        Raises ValueError unless the direction is causal.
+        `block_length`: the tokens are whole blocks of so many, and none sees a later block; without it the direction
+        must be causal, or ValueError is raised. The state, keys and values of every token, stays as it was handed in.
         """
-        if self.direction != "causal":
+        hidden, state = self._continued(input_ids, state, block_length)
+        return self.lm_head(hidden), state
+
+    def advance(
+        self, input_ids: Tensor, state: DynamicCache | None = None, block_length: int | None = None
+    ) -> DynamicCache:
+        """The state of `incremental`, without the logits."""
+        return self._continued(input_ids, state, block_length)[1]
+
+    def _continued(
+        self, input_ids: Tensor, state: DynamicCache | None, block_length: int | None
+    ) -> tuple[Tensor, DynamicCache]:
+        """What enters the head [B, T, C] of tokens that follow `state`, and the state behind them."""
+        causal = self.direction == "causal"
+        if not causal and block_length is None:
             raise ValueError(
-                f"a model of direction {self.direction} sees later tokens: it cannot be run incrementally."
+                f"a model of direction {self.direction} sees later tokens: it can only be run block by block."
             )
-        state = DynamicCache() if state is None else state
-        past, length = state.get_seq_length(), input_ids.shape[1]
-        places = torch.arange(past, past + length, device=input_ids.device)
+        grown = _grown_apart(state)
+        past, length = grown.get_seq_length(), input_ids.shape[1]
+        places = torch.arange(past + length, device=input_ids.device)
+        queries = places[past:]
         mask = None
-        if past > 0 and length > 1:  # SDPA's own causal mask would count the queries from the first key
-            mask = (places[:, None] >= torch.arange(past + length, device=places.device))[None, None]
+        # SDPA's own causal mask would count the queries from the first key; one block sees all.
+        if (past > 0 and length > 1) if causal else length != block_length:
+            blocks = None if block_length is None else places[None] // block_length
+            rule = Visibility(1, past + length, input_ids.device, block_ids=blocks, causal=causal)
+            mask = rule.sees(queries.new_zeros(()), queries[:, None], places[None])[None, None]
         hidden = self.model(
             input_ids,
             attention_mask={"full_attention": mask},
-            position_ids=places[None],
-            past_key_values=state,
+            position_ids=queries[None],
+            past_key_values=grown,
             use_cache=True,
-            is_causal=mask is None,
+            is_causal=causal and mask is None,
         ).last_hidden_state
-        return self.lm_head(hidden), state
+        return hidden, grown
 
     def _mask(self, visibility: Visibility, attention_bias: Tensor | None) -> Tensor | None:
         """SDPA mask [B, 1, T, T] (True or 0 = visible); None where SDPA needs none."""
@@ -226,3 +248,12 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
     def head_flops_per_row(self) -> float:
         """Forward FLOPs of the head for one row (2 per multiply-add)."""
         return 2.0 * self.config.hidden_size * self.config.vocab_size
+
+
+def _grown_apart(state: DynamicCache | None) -> DynamicCache:
+    """A cache with the same tokens, whose growth leaves `state` as it is: layers grow by making new tensors."""
+    if state is None:
+        return DynamicCache()
+    apart = copy.copy(state)
+    apart.layers = [copy.copy(layer) for layer in state.layers]
+    return apart

@@ -22,7 +22,7 @@ from dlm_dist.models.documents import Documents
 from dlm_dist.models.loss_head import LossHead
 from dlm_dist.models.outputs import DenoiserOutput
 from dlm_dist.models.rwkv7_init import InitSizes, initial_value, initialize_
-from dlm_dist.models.rwkv7_layers import ChannelMix, DepthSeed, LoraRanks, ScanState, TimeMix, lora_ranks
+from dlm_dist.models.rwkv7_layers import ChannelMix, DepthSeed, LoraRanks, ScanState, TimeMix, last_rows, lora_ranks
 from dlm_dist.models.token_ids import check_mask_token_id
 
 __all__ = [
@@ -118,11 +118,15 @@ class LayerState(NamedTuple):
 
     att: ScanState
     ffn_previous: Tensor
-    """[B, C] the last row that entered the channel mix."""
+    """[B, C] the last token that entered the channel mix."""
+
+
+State = Sequence[LayerState | None]
+"""What a model knows of a prefix: an entry for each layer, None for those that scan from right to left."""
 
 
 class BlockOutput(NamedTuple):
-    """What a block returns: the residual stream, the values of layer 0, and where a causal scan ended."""
+    """What a block returns: the residual stream, the values of layer 0, and where a scan from left to right ended."""
 
     x: Tensor
     v_first: Tensor
@@ -169,7 +173,8 @@ class Block(GradientCheckpointingLayer):
         x = x + mixed
         normed = self.ln2(x)
         x = x + self.ffn(normed, documents, None if resume is None else resume.ffn_previous)
-        return BlockOutput(x, v_first, None if scan is None else LayerState(scan, normed[:, -1]))
+        end = None if scan is None else LayerState(scan, last_rows(normed, documents))
+        return BlockOutput(x, v_first, end)
 
 
 class RWKV7ForDiffusion(PreTrainedModel):
@@ -274,22 +279,41 @@ class RWKV7ForDiffusion(PreTrainedModel):
         return Documents.with_blocks(documents, block_ids, clean_follows=clean_ids is not None)
 
     def incremental(
-        self, input_ids: Tensor, state: Sequence[LayerState] | None = None
-    ) -> tuple[Tensor, list[LayerState]]:
+        self, input_ids: Tensor, state: State | None = None, block_length: int | None = None
+    ) -> tuple[Tensor, State]:
         """Logits [B, T, V] of tokens [B, T] that follow those of `state`, and the state behind them.
 
         T is any number: a prompt in one call, then token by token, in constant time and memory. The logits are those
-        of one pass over all tokens. Raises ValueError unless the direction is causal.
+        of one pass over all tokens. `block_length`: the tokens are whole blocks of so many, none sees a later block,
+        and any direction but "dw_jrt" will do; without it the direction must be causal, or ValueError is raised. The
+        state that was handed in stays as it is.
         """
+        x, state = self._continued(input_ids, state, block_length)
+        return self.head(self.ln_out(x)), state
+
+    def advance(self, input_ids: Tensor, state: State | None = None, block_length: int | None = None) -> State:
+        """The state of `incremental`, without the logits."""
+        return self._continued(input_ids, state, block_length)[1]
+
+    def _continued(self, input_ids: Tensor, state: State | None, block_length: int | None) -> tuple[Tensor, State]:
+        """The residual stream [B, T, C] of tokens that follow `state`, and the state behind them."""
+        batch, length = input_ids.shape
+        documents = None
         if self.direction != "causal":
-            raise ValueError(
-                f"a model of direction {self.direction} sees later tokens: it cannot be run incrementally."
-            )
+            if block_length is None:
+                raise ValueError(
+                    f"a model of direction {self.direction} sees later tokens: it can only be run block by block."
+                )
+            assert length % block_length == 0
+            block_ids = torch.arange(length, device=input_ids.device) // block_length
+            documents = self._documents(input_ids, None, block_ids.expand(batch, -1), None)
         x, v_first, ends = self.emb(input_ids), None, []
+        if documents is not None:
+            x = x.flatten(0, 1).unsqueeze(0)
         for block, resume in zip(self.blocks, [None] * len(self.blocks) if state is None else state, strict=True):
-            x, v_first, end = block(x, v_first, None, None, resume)
+            x, v_first, end = block(x, v_first, documents, None, resume)
             ends.append(end)
-        return self.head(self.ln_out(x)), ends
+        return x.view(batch, length, -1), ends
 
     @torch.no_grad()
     def initialize_(self, seed: int) -> None:

@@ -86,7 +86,7 @@ class ScanState(NamedTuple):
     """Where a scan of one direction has ended."""
 
     previous: Tensor
-    """[B, C] the last row that entered the time mix."""
+    """[B or D, C] the last token that entered the time mix, of each row or document."""
     wkv: Tensor
     """[B or D, H, N, N] fp32 as (key, value), one state for each row or document."""
 
@@ -99,7 +99,7 @@ class MixOutput(NamedTuple):
     v_first: Tensor
     """The values of layer 0, for the layers above: [B, T, C], twice as much for a bidirectional mix."""
     state: ScanState | None
-    """Where the scan ended; None unless it is causal."""
+    """Where the scan from left to right ended; None for a mix from right to left."""
 
 
 class TimeMix(nn.Module):
@@ -203,8 +203,8 @@ class TimeMix(nn.Module):
 
         documents: x is then one packed row (B = 1) and every document is on its own; with blocks a token sees no later
         one, and where the clean tokens follow, the noisy ones see those of the blocks before their own. below: the
-        final WKV states of the layer below, for a layer with a depth seed. resume: where the scan of the tokens before
-        x ended (causal, without documents).
+        final WKV states of the layer below, for a layer with a depth seed. resume: where the scan from left to right
+        of the tokens before x ended, by row or document; the scan from right to left never leaves x, or its blocks.
         """
         if (v_first is None) != (self.layer == 0):
             raise ValueError(f"v_first comes from layer 0 and goes to all others; this is layer {self.layer}.")
@@ -214,34 +214,41 @@ class TimeMix(nn.Module):
             )
         if below is not None and documents is not None and documents.blocks is not None:
             raise ValueError("a depth seed has seen the later blocks: it takes no documents with blocks.")
-        if resume is not None and (self.direction != "causal" or documents is not None):
-            raise ValueError("only a causal mix of whole rows can go on from where an earlier call ended.")
+        if resume is not None and (self.direction == "reverse" or (documents is not None and documents.clean_follows)):
+            raise ValueError(
+                "only a scan from left to right, over one stream, can go on from where another call ended."
+            )
         if self.direction == "causal":
             return self._scan(x, v_first, documents, below, resume)
         if self.direction == "bidirectional":
-            return self._both_ways(x, v_first, documents)
+            return self._both_ways(x, v_first, documents, resume)
         flipped = None if v_first is None else reverse(v_first, documents)
         mixed = self._scan(reverse(x, documents), flipped, None if documents is None else documents.backward)
         v_first = reverse(mixed.v_first, documents) if v_first is None else v_first
         return MixOutput(reverse(mixed.out, documents), v_first, None)
 
-    def _both_ways(self, x: Tensor, v_first: Tensor | None, documents: Documents | None) -> MixOutput:
+    def _both_ways(
+        self, x: Tensor, v_first: Tensor | None, documents: Documents | None, resume: ScanState | None
+    ) -> MixOutput:
         """Both scans and their gated sum; v_first holds both directions, the backward one in reversed order."""
         side = 0 if documents is None else 1
         backwards = reverse(x, documents)
-        if self.tied and not (documents is not None and documents.clean_follows):
+        if self.tied and resume is None and not (documents is not None and documents.clean_follows):
             both = None if documents is None else documents.both_ways
-            out, v_first, _ = self._scan(torch.cat([x, backwards], side), v_first, both)
+            out, v_first, ends = self._scan(torch.cat([x, backwards], side), v_first, both)
             forward, backward = out.chunk(2, side)
+            assert ends is not None
+            rows = len(x) if documents is None else len(documents.lengths)
+            end: ScanState | None = ScanState(ends.previous[:rows], ends.wkv[:rows])
         else:
             firsts = (None, None) if v_first is None else v_first.chunk(2, side)
-            forward, forward_first, _ = self._scan(x, firsts[0], documents)
+            forward, forward_first, end = self._scan(x, firsts[0], documents, resume=resume)
             backward_mix = self if self.tied else self.backward_mix
             spans = None if documents is None else documents.backward
             backward, backward_first, _ = backward_mix._scan(backwards, firsts[1], spans)
             v_first = torch.cat([forward_first, backward_first], side) if v_first is None else v_first
         alpha = torch.sigmoid(self.direction_gate(x))
-        return MixOutput(torch.lerp(reverse(backward, documents), forward, alpha), v_first, None)
+        return MixOutput(torch.lerp(reverse(backward, documents), forward, alpha), v_first, end)
 
     def _scan(
         self,
@@ -270,7 +277,7 @@ class TimeMix(nn.Module):
         out, wkv = self._recurrence(operands, documents, below, None if resume is None else resume.wkv)
 
         out = corrected_output(self.ln_x(out.flatten(-2)), r, k, self.r_k, v_heads, gate, fused="correction" in fused)
-        return MixOutput(self.output(out), v_first, ScanState(x[:, -1], wkv))
+        return MixOutput(self.output(out), v_first, ScanState(last_rows(x, documents), wkv))
 
     def _recurrence(
         self,
@@ -344,12 +351,20 @@ class TimeMix(nn.Module):
         return torch.lerp(v, v_first, torch.sigmoid(self.v0 + (mixed @ self.v1) @ self.v2)), v_first
 
 
+def last_rows(x: Tensor, documents: Documents | None) -> Tensor:
+    """The last token of each row, or of each document of a packed row: [B, T, C] -> [B or D, C]."""
+    return x[:, -1] if documents is None else x[0].index_select(0, documents.bounds[1:] - 1)
+
+
 def _shift(x: Tensor, documents: Documents | None, previous: Tensor | None, fused: bool = False) -> Tensor:
     """The previous token minus the current one. Where clean tokens follow, a noisy block follows on the clean ones."""
     if documents is None:
         return shift_difference(x, previous=previous, fused=fused)
     if not documents.clean_follows:
-        return shift_difference(x, documents.first, None, documents.bounds, fused)
+        difference = shift_difference(x, documents.first, None, documents.bounds, fused)
+        if previous is None:
+            return difference
+        return difference.index_add(1, documents.bounds[:-1], previous.unsqueeze(0))
     assert documents.blocks is not None
     noisy, clean = x.chunk(2, 1)
     difference = shift_difference(clean, documents.first, None, documents.bounds, fused)
@@ -380,7 +395,7 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(4 * hidden_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor, documents: Documents | None = None, previous: Tensor | None = None) -> Tensor:
-        """[B, T, C] -> [B, T, C]. `previous` [B, C] precedes the rows, where an earlier call was given it."""
+        """[B, T, C] -> [B, T, C]. `previous` [B or D, C] precedes the rows or documents, from an earlier call."""
         if self.backwards:
             first = None if documents is None else documents.backward.last.flip(1)
             difference = shift_difference(x.flip(1), first).flip(1)

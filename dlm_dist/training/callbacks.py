@@ -14,6 +14,7 @@ from dlm_dist.config import RunConfig
 from dlm_dist.diffusion.block_diffusion import BlockLengths
 from dlm_dist.evaluation.bound import evaluate_bound
 from dlm_dist.generation.autoregressive import continue_text
+from dlm_dist.generation.blocks import generate_blocks
 from dlm_dist.generation.samplers import generate, ids_without_text, until_the_end
 from dlm_dist.training import checkpoint
 from dlm_dist.training.loop import Progress
@@ -110,6 +111,9 @@ class Callbacks:
                 temperature=1.0,
                 forbidden_ids=ids_without_text(tokenizer, model.config.vocab_size),
             )
+        elif blocks := self._block_length(step) % self.source.sequence_length:  # whole rows are masked diffusion
+            steps = max(SAMPLE_TOKENS // 2, 1 + -(-SAMPLE_TOKENS // blocks))
+            ids = generate_blocks(model, self.side.prompt, SAMPLE_TOKENS, steps, block_length=blocks, seed=step)
         else:
             ids = generate(
                 model,
@@ -144,6 +148,7 @@ class Callbacks:
             "skips_in_a_row": progress.skips_in_a_row,
             "skipped_ranges": [list(pair) for pair in self.stream.skip.ranges],
             "seed": self.config.run.seed,
+            "sequence_length": self.source.sequence_length,
             "fingerprints": [source.fingerprint for source in self.stream.sources],
             "topology": topology(self.config),
             "optimizer": self.config.optimizer.name,

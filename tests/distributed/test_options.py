@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.commands import dlm
 from tests.distributed import runs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -110,3 +111,20 @@ def test_an_objective_that_is_no_bound_says_so_and_draws_the_same_on_any_ranks(d
     assert refused.returncode != 0
     assert "objective: This tokenizer has no token called bos (it knows eos, pad): give its id." in refused.stdout
     assert not (tmp_path / "three" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("backbone", ["rwkv7", "qwen3"])
+def test_block_diffusion_writes_texts_on_the_way_and_afterwards(data, tmp_path, capsys, backbone):
+    run = tmp_path / "run"
+    settings = {"zero__stage": 3 if backbone == "rwkv7" else 2, "train__max_steps": 4, "train__sample_every": 2}
+    settings |= {"objective__name": "block", "objective__block_lengths": "[[512, 8], [0, 0]]"}
+    settings |= {"data__random_length_prob": 0, "train__sample_prompt": "time"}
+    runs.train(runs.overrides(data, run, backbone, **settings))
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["text"][:4]) for record in samples] == [(2, "time"), (4, "time")]
+    state = json.loads((run / "checkpoints" / "step-4" / "trainer_state.json").read_text())
+    assert state["sequence_length"] == 32
+    command = ["generate", "--model", str(run / "checkpoints" / "step-4"), "--prompt", "time", "--length", "20"]
+    for more in ([], ["--block-length", "8"]):
+        assert dlm(*command, *more) == 0
+        assert capsys.readouterr().out.startswith("time")
