@@ -31,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import PeakMemory, describe, in_fresh_process, json_line, spread, take_turns
+from benchmarks.machine import PeakMemory, describe, in_fresh_process, spread, take_turns
 from dlm_dist.kernels.cross_entropy import weighted_cross_entropy_sum
+from dlm_dist.training.metrics import json_line
 
 BASE, OURS, GATHERED = "full logits", "blocks", "gathered"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

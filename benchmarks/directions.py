@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe, json_line
+from benchmarks.machine import describe
+from dlm_dist.training.metrics import json_line
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs/directions")

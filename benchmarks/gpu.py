@@ -36,7 +36,7 @@ from torch import Tensor
 
 from benchmarks.gpu_helpers import HelperSize, largest_error, measure_helpers
 from benchmarks.gpu_training import ModelSize, measure_profile, measure_training
-from benchmarks.machine import PeakMemory, describe, gemm_rates, json_line, spread, take_turns
+from benchmarks.machine import PeakMemory, describe, gemm_rates, spread, take_turns
 from dlm_dist.kernels.wkv7 import (
     LOG_DECAY_BOUND,
     SELF_TEST_TOLERANCE,
@@ -46,6 +46,7 @@ from dlm_dist.kernels.wkv7 import (
     wkv7_chunked,
 )
 from dlm_dist.models.rwkv7_layers import TimeMix
+from dlm_dist.training.metrics import json_line
 
 REPEATS = 3
 Rows = list[dict[str, Any]]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
-import math
 import multiprocessing
 import os
 import platform
@@ -58,19 +56,6 @@ def synchronize(device: torch.device) -> None:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def json_line(result: Mapping[str, Any]) -> str:
-    """One line of JSON; numbers that JSON cannot hold (nan, inf) become null."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [finite(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(result), allow_nan=False)
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:

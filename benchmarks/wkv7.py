@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import describe, json_line, spread, take_turns
+from benchmarks.machine import describe, spread, take_turns
 from dlm_dist.kernels.wkv7 import LOG_DECAY_BOUND
 from dlm_dist.kernels.wkv7_chunked import wkv7_chunked, wkv7_reference
+from dlm_dist.training.metrics import json_line
 
 CHUNKS = (16, 32, 64, 128)
 DEFAULT_CHUNK = 64

@@ -134,13 +134,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         "checkpoint": str(arguments.checkpoint),
         "data": str(source.path),
         "objective": objective,
-        "bound_nats_per_token": bound.nats_per_token,
-        "standard_error": bound.standard_error,
-        "bits_per_byte": bound.bits_per_byte,
+        **bound.record(),
         "unigram_nats_per_token": unigram_nats_per_token(train, source, rows) if train is not None else None,
-        "rows": bound.rows,
         "sequence_length": source.sequence_length,
-        "draws": bound.draws,
         "block_length": length if objective == "block" else None,
         "isolate_documents": isolate,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -155,7 +151,7 @@ def _told(report: dict[str, Any], train: Source | None) -> str:
     bound, error, unigram = (
         report[name] for name in ("bound_nats_per_token", "standard_error", "unigram_nats_per_token")
     )
-    exact = report["objective"] == "ar"
+    exact = report["exact"]
     name = "likelihood" if exact else "bound"
     drawn = "" if exact else f", {report['draws']} {'draw' if report['draws'] == 1 else 'draws'} each"
     lines = [
@@ -170,7 +166,20 @@ def _told(report: dict[str, Any], train: Source | None) -> str:
             f"  unigram        {unigram:.4f} nats per token (add-one counts of {train.path}); "
             f"the {name} is {abs(unigram - bound):.4f} {'below' if bound < unigram else 'above'}"
         )
+    for bucket in report["loss_by_time"] or ():
+        lines.append(f"  t {bucket['first']:.1f} to {bucket['last']:.1f}  " + _bucket_told(bucket))
     return "\n".join(lines)
+
+
+def _bucket_told(bucket: dict[str, Any]) -> str:
+    if bucket["nats_per_token"] is None:
+        return "no draw"
+    error = bucket["standard_error"]
+    return (
+        f"{bucket['nats_per_token']:.4f}"
+        + (f" +- {error:.4f}" if error is not None else "")
+        + f" nats per token  ({bucket['draws']} {'draw' if bucket['draws'] == 1 else 'draws'})"
+    )
 
 
 # --- data and checkpoint belong together -----------------------------------------------------------------------

@@ -126,11 +126,13 @@ class BlockDiffusion:
         sizes = self._lengths.at(rows.positions, length)
         lengths = random_lengths(self.seed, rows.positions, length, self.random_length_prob, self.random_length_group)
         words = keyed_words(self.seed, rows.positions, length)
-        hidden, weights, times = np.zeros((batch, length), np.bool_), np.zeros((batch, length)), np.zeros(batch)
+        hidden, weights = np.zeros((batch, length), np.bool_), np.zeros((batch, length))
+        times, block_times = np.zeros(batch), np.zeros((batch, length))
         for size in np.unique(sizes):
             of_size = np.flatnonzero(sizes == size)
             found = self._blocks(rows.positions[of_size], lengths[of_size], words[of_size], int(size))
-            hidden[of_size], weights[of_size], times[of_size] = found
+            hidden[of_size], weights[of_size] = found[:2]
+            times[of_size], block_times[of_size] = found[2].mean(axis=1), found[2].repeat(size, axis=1)
         there = np.arange(length) < lengths[:, None]
         one_block = bool((sizes == length).all())
         return NoisyBatch(
@@ -145,12 +147,13 @@ class BlockDiffusion:
             # Where every row is one block nothing clean lies before it: half of the work is left out.
             clean=None if one_block else tokens,
             block_ids=None if one_block else (np.arange(length) // sizes[:, None]).astype(np.int32),
+            block_times=None if one_block else block_times,
         )
 
     def _blocks(
         self, positions: IntArray, lengths: IntArray, words: NDArray[np.uint64], size: int
     ) -> tuple[BoolArray, FloatArray, FloatArray]:
-        """What is hidden [B, T] of rows in blocks of `size`, its weights [B, T], and the mean time of each row [B]."""
+        """What is hidden [B, T] of rows in blocks of `size`, its weights [B, T], each block's time [B, T / size]."""
         count = words.shape[1] // size
         # Keyed by the length too: under another one, block j of a row is another piece of the data.
         seed = randomness.derive_seed(self.seed, "block", str(size))
@@ -166,4 +169,4 @@ class BlockDiffusion:
             hidden = hide_independently(eligible, level.rates, blocks)
         weights = np.where(hidden, elbo(level, 0.0)[:, None], 0.0)
         shape = (len(positions), count * size)
-        return hidden.reshape(shape), weights.reshape(shape), times.reshape(-1, count).mean(axis=1)
+        return hidden.reshape(shape), weights.reshape(shape), times.reshape(-1, count)

@@ -63,7 +63,7 @@ class Callbacks:
     log: MetricsLog | None
 
     def evaluate(self, step: int) -> None:
-        """Bound (`ar`: exact likelihood) on the held-out rows."""
+        """Bound (`ar`, `card`: exact likelihood) on the held-out rows."""
         settings = self.config.train
         assert self.side.validation is not None
         bound = evaluate_bound(
@@ -78,16 +78,7 @@ class Callbacks:
             block_length=self._block_length(step),
         )
         if self.log is not None:
-            self.log.evaluation(
-                {
-                    "step": step,
-                    "bound_nats_per_token": bound.nats_per_token,
-                    "standard_error": bound.standard_error,
-                    "bits_per_byte": bound.bits_per_byte,
-                    "rows": bound.rows,
-                    "draws": bound.draws,
-                }
-            )
+            self.log.evaluation({"step": step, **bound.record()})
 
     def _block_length(self, step: int) -> int:
         """The length of the blocks that are trained on after `step` steps; 0 for other objectives."""

@@ -15,6 +15,19 @@ from typing import Any
 import torch
 
 
+def json_line(result: Mapping[str, Any]) -> str:
+    """One line of JSON; numbers that JSON cannot hold (nan, inf) become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(result), allow_nan=False)
+
+
 class JsonLines:
     """An append-only file of JSON objects with a `step` each; floats read back bit-equal."""
 
@@ -41,13 +54,9 @@ class JsonLines:
         os.replace(temporary, self.path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object; values that JSON cannot hold (nan, inf) become null."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
+        """Append one object, as `json_line` has it."""
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(json_line(record) + "\n")
 
 
 class Console:
@@ -130,16 +139,17 @@ class MetricsLog:
         self._files["evaluations"].write(record)
         error = record["standard_error"]
         self.console.line(
-            f"step {record['step']}  held-out bound {record['bound_nats_per_token']:.4f}"
+            f"step {record['step']}  held-out {'likelihood' if record['exact'] else 'bound'} "
+            f"{record['bound_nats_per_token']:.4f}"
             + (f" +- {error:.4f}" if error is not None else "")
             + " nats/token"
             + (f"  {record['bits_per_byte']:.4f} bits/byte" if record["bits_per_byte"] is not None else "")
         )
         if self._wandb is not None:
-            self._wandb.log(
-                {f"validation/{key}": value for key, value in record.items() if isinstance(value, float)},
-                step=record["step"],
-            )
+            numbers = {key: value for key, value in record.items() if isinstance(value, float)}
+            for bucket in record["loss_by_time"] or ():
+                numbers[f"loss at t {bucket['first']:.1f}-{bucket['last']:.1f}"] = bucket["nats_per_token"]
+            self._wandb.log({f"validation/{key}": value for key, value in numbers.items()}, step=record["step"])
 
     def sample(self, step: int, text: str) -> None:
         """One generated text."""

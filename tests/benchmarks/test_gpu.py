@@ -22,7 +22,7 @@ from benchmarks.gpu_training import (
     our_loss,
     peer_loss,
 )
-from benchmarks.machine import json_line
+from dlm_dist.training.metrics import json_line
 
 CPU = torch.device("cpu")
 MODEL = ModelSize("tiny", hidden=64, layers=2, rows=2, length=32, vocabulary=512)

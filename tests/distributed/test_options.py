@@ -81,7 +81,7 @@ def test_init_from_reports_what_fitted(data, tmp_path):
     assert runs.metrics(second)[0]["loss"] < runs.metrics(first)[-1]["loss"] + 0.4
 
 
-def test_an_objective_that_is_no_bound_says_so_and_draws_the_same_on_any_ranks(data, tmp_path):
+def test_an_objective_that_is_no_bound_says_so_and_draws_the_same_on_any_ranks(data, tmp_path, capsys):
     settings = {
         "objective__name": "soft_ce",
         "objective__schedule": "power",
@@ -93,6 +93,7 @@ def test_an_objective_that_is_no_bound_says_so_and_draws_the_same_on_any_ranks(d
         "objective__shift": True,
         "data__validation": data / "validation",
         "train__eval_rows": 5,
+        "train__eval_draws": 4,
         "train__max_steps": 3,
         "train__sample_every": 3,
     }
@@ -104,8 +105,19 @@ def test_an_objective_that_is_no_bound_says_so_and_draws_the_same_on_any_ranks(d
         assert (first["bound_nats_per_token"], first["bits_per_byte"]) == (None, None)
         assert first["noise_sha256"] == second["noise_sha256"]
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
-    evaluation = json.loads((one / "evaluations.jsonl").read_text().splitlines()[-1])
-    assert 0 < evaluation["bound_nats_per_token"] < 10
+    alone, both = (
+        [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()] for run in (one, two)
+    )
+    # At step 0 both have the same weights: held-out rows are scored the same by any ranks, to the bit.
+    assert alone[0] == both[0]
+    assert 0 < alone[-1]["bound_nats_per_token"] < 10
+    assert both[-1]["bound_nats_per_token"] == pytest.approx(alone[-1]["bound_nats_per_token"], rel=1e-3)
+    capsys.readouterr()
+    asked = ["--data", data, "--rows", 5, "--draws", 4, "--device", "cpu", "--json"]
+    assert dlm("evaluate", "--checkpoint", one / "checkpoints" / "step-3", *asked) == 0
+    again = json.loads(capsys.readouterr().out)
+    for key in ("bound_nats_per_token", "standard_error", "bits_per_byte"):
+        assert again[key] == pytest.approx(alone[-1][key], rel=1e-6), key
     # Nothing is started with settings that make no objective.
     refused = runs.attempt(runs.overrides(data, tmp_path / "three", objective__protected_tokens="[bos]"), ranks=1)
     assert refused.returncode != 0

@@ -64,6 +64,56 @@ def test_a_loss_that_knows_only_the_count_gives_its_mean_over_counts(four):
     assert (bound.rows, bound.draws) == (16, 1)
 
 
+def test_the_loss_by_time_is_that_of_the_samples_with_such_times(four):
+    losses = [0.5, 1.5, 4.0, 7.0]
+    bound = evaluate_bound(Known(by_count(losses), four.mask_id), four, CPU, num_rows=16, draws=5)
+    assert bound.by_time is not None
+    assert not bound.exact
+    assert [(part.first, part.last) for part in bound.by_time] == [(i / 10, (i + 1) / 10) for i in range(10)]
+    assert sum(part.draws for part in bound.by_time) == 80
+    # Times are stratified, so each tenth gets about eight of them; ceil(4 t) tokens are hidden.
+    for part, expected in zip(bound.by_time, (0.5, 0.5, None, 1.5, 1.5, 4.0, 4.0, None, 7.0, 7.0), strict=True):
+        assert abs(part.draws - 8) <= 2
+        if expected is not None:
+            assert part.nats_per_token == pytest.approx(expected, rel=1e-6)
+            assert part.standard_error == pytest.approx(0.0, abs=1e-6)
+    assert 0.5 < bound.by_time[2].nats_per_token < 1.5
+    assert bound.by_time[2].standard_error > 0.0
+    weighted = sum(part.nats_per_token * part.draws for part in bound.by_time)
+    assert weighted / 80 == pytest.approx(bound.nats_per_token, rel=1e-9)
+    alone = evaluate_bound(Known(by_count(losses), four.mask_id), four, CPU, num_rows=1).by_time
+    assert [part.draws for part in alone].count(1) == 1
+    assert {part.nats_per_token is None for part in alone if part.draws == 0} == {True}
+    assert {part.standard_error for part in alone} == {None}
+
+
+def test_every_block_counts_at_its_own_time(four):
+    """Blocks of two: one hidden token up to t = 1/2, both above, whatever the row's mean time is."""
+
+    class Blocks(torch.nn.Module):
+        def forward(self, input_ids, supervised, targets, weights, per_row, clean_ids, block_ids):
+            assert block_ids[0].tolist() == [0, 0, 1, 1]
+            hidden = (input_ids == four.mask_id).reshape(len(input_ids), 2, 2).sum(dim=2)
+            rows = torch.tensor([0.0, 2.0, 5.0])[hidden[supervised // 4, supervised % 4 // 2]]
+            return (rows * weights).sum(), rows
+
+    bound = evaluate_bound(Blocks(), four, CPU, num_rows=16, draws=5, objective="block", block_length=2)
+    assert bound.nats_per_token == pytest.approx(3.5, rel=1e-6)
+    assert [part.nats_per_token for part in bound.by_time] == [pytest.approx(2.0)] * 5 + [pytest.approx(5.0)] * 5
+    assert sum(part.draws for part in bound.by_time) == 16 * 5 * 2
+
+
+def test_blocks_of_one_token_are_exact(four):
+    class One(torch.nn.Module):
+        def forward(self, input_ids, supervised, targets, weights, per_row, clean_ids, block_ids):
+            assert (input_ids == four.mask_id).all()
+            rows = torch.full((len(supervised),), 1.25)
+            return (rows * weights).sum(), rows
+
+    bound = evaluate_bound(One(), four, CPU, num_rows=3, objective="block", block_length=1)
+    assert (bound.nats_per_token, bound.exact, bound.by_time) == (1.25, True, None)
+
+
 def test_a_shifted_model_is_scored_one_place_earlier(four):
     """Read behind the byte before each row, the losses of place i + 1 are asked for at place i."""
 
@@ -101,7 +151,7 @@ def test_the_likelihood_of_ar_is_exact_and_counts_the_token_before_each_row(tmp_
     assert found.nats_per_token == pytest.approx(nats.sum().item() / 28, rel=1e-9)
     assert found.bits_per_byte == pytest.approx(found.nats_per_token / math.log(2), rel=1e-9)  # a token is a byte
     assert found.standard_error == pytest.approx(nats.std().item() / math.sqrt(7) / 4, rel=1e-9)
-    assert (found.rows, found.draws) == (7, 1)
+    assert (found.rows, found.draws, found.exact, found.by_time) == (7, 1, True, None)
     with pytest.raises(ValueError, match="draws is 2: the objective ar"):
         evaluate_bound(Bigram(table), source, CPU, num_rows=7, draws=2, objective="ar")
 
@@ -174,7 +224,7 @@ def test_the_noise_does_not_depend_on_how_many_rows_are_asked_for(four):
 
 
 def summary(nats, tokens) -> HeldOutBound:
-    return _summary(np.stack([nats, tokens, np.full(len(nats), -1.0)], axis=1), draws=1)
+    return _summary(np.stack([nats, tokens, np.full(len(nats), -1.0)], axis=1), draws=1, exact=True)
 
 
 def test_standard_error_of_rows_of_one_length_is_that_of_a_mean():

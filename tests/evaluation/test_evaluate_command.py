@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from dlm_dist.evaluation.bound import evaluate_bound, unigram_nats_per_token
 from dlm_dist.training import checkpoint_files
 from launcher import cli, evaluate_command
 from tests.data_pipeline.test_token_files import write_megatron
+from tests.distributed import runs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXTS = [f"<{i:02d}>{'abcdefgh'[i % 5 :]}"[:8].ljust(8, ".") for i in range(20)]
@@ -101,6 +101,10 @@ def test_the_text_says_what_the_json_says(evaluate, checkpoint, data):
         assert f"{found[name]:.4f}" in out
     assert "on 4 rows of 8 tokens" in out
     assert f"{found['bound_nats_per_token'] - found['unigram_nats_per_token']:.4f} above" in out
+    assert len(found["loss_by_time"]) == 10
+    for part in found["loss_by_time"]:
+        (line,) = [line for line in out.splitlines() if f"t {part['first']:.1f} to {part['last']:.1f}" in line]
+        assert ("no draw" if part["draws"] == 0 else f"{part['nats_per_token']:.4f}") in line
 
 
 def test_rows_dtype_and_a_named_split(evaluate, checkpoint, data):
@@ -138,9 +142,12 @@ def test_a_causal_language_model_is_scored_as_it_was_trained(evaluate, data, tmp
     assert found["objective"] == "ar"
     assert found["bound_nats_per_token"] == exact.nats_per_token
     assert found["standard_error"] == exact.standard_error
+    assert (found["exact"], found["loss_by_time"]) == (True, None)
     told = evaluate(path, data)[1]
     assert f"likelihood     {exact.nats_per_token:.4f} +- " in told
     assert "draw" not in told
+    card = publish(tmp_path / "card" / "checkpoints", load("bytes"), objective="card", direction="causal")
+    assert json.loads(evaluate(card, data, "--json")[1])["exact"] is True
     bound = json.loads(evaluate(path, data, "--json", "--objective", "mdlm", "--draws", "2")[1])
     assert (bound["objective"], bound["draws"]) == ("mdlm", 2)
     assert bound["bound_nats_per_token"] != exact.nats_per_token
@@ -174,29 +181,33 @@ def test_documents_are_isolated_as_in_training_unless_told(evaluate, data, tmp_p
     assert found["isolate_documents"] is trained
 
 
-def test_several_ranks_give_the_same_number(checkpoint, data):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "launcher.cli", "evaluate", "--checkpoint", str(checkpoint), "--data", str(data)]
+@pytest.mark.distributed
+@pytest.mark.parametrize("objective", ["mdlm", "block"])
+def test_several_ranks_give_the_same_number(objective, data, tmp_path):
+    """As a user starts it: one process by itself, and two under torchrun."""
+    path = publish(tmp_path / "checkpoints", load("bytes"), objective=objective)
     # 5 batches on 2 ranks: the last round has one batch for two ranks.
-    command += ["--batch-size", "5", "--draws", "2", "--device", "cpu", "--json"]
+    command = ["evaluate", "--checkpoint", str(path), "--data", str(data), "--batch-size", "5", "--draws", "2"]
+    command += ["--device", "cpu", "--json", *(["--block-length", "4"] if objective == "block" else [])]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1"}
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [{}, *({"RANK": str(rank), **world} for rank in range(2))]
-    processes = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for more in ranks
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(runs.free_port())]
+    outputs = [
+        subprocess.run(
+            [sys.executable, *launcher, "-m", "launcher.cli", *command],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+            timeout=120,
+        ).stdout
+        for launcher in ([], torchrun)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
-    alone, first = (json.loads(out) for out, _ in outputs[:2])
-    assert outputs[2][0] == ""
-    assert (alone.pop("world_size"), first.pop("world_size")) == (1, 2)
-    assert alone == first
+    alone, both = (json.loads(out) for out in outputs)
+    assert (alone.pop("world_size"), both.pop("world_size")) == (1, 2)
+    assert alone == both
+    assert sum(part["draws"] for part in alone["loss_by_time"]) == 11 * 2 * (2 if objective == "block" else 1)
 
 
 def refusal(result: tuple[int, str, str]) -> str:
