@@ -64,6 +64,8 @@ def overrides(data: Path, run: Path, backbone: str = "rwkv7", **changes: Any) ->
         "train.global_batch_size": 8,
         "train.gradient_accumulation_steps": 2,
         "train.device": "cpu",
+        # Two threads that wait for each other on busy cores take many times as long as one.
+        "train.cpu_threads": 1,
         "optimizer.lr": 1e-3,
         "optimizer.warmup_steps": 3,
         "checkpoint.every": 4,
