@@ -245,6 +245,22 @@ class CheckpointSection(Section):
     keep_last: Positive | None = Field(
         default=None, description="newest checkpoints that are kept; older ones are removed; null = all"
     )
+    keep_every: Positive | None = Field(
+        default=None,
+        description="checkpoints of steps that this divides are kept besides the newest (steps); null = none",
+    )
+    asynchronous: bool = Field(
+        default=False,
+        description="train on while a checkpoint is written: a step waits only for a copy of the state, which needs "
+        "as much host memory as the checkpoint is large; a failed save then ends the run a few steps later",
+    )
+
+    def contradictions(self) -> Iterator[Mistake]:
+        if self.keep_every is not None and self.keep_last is None:
+            yield about("checkpoint.keep_every", self.keep_every, "expected null, since checkpoint.keep_last keeps all")
+        if self.keep_every is not None and self.every is not None and self.keep_every % self.every:
+            expected = f"expected a multiple of checkpoint.every, {self.every}"
+            yield about("checkpoint.keep_every", self.keep_every, expected)
 
 
 class LoggingSection(Section):

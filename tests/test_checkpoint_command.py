@@ -33,7 +33,7 @@ def publish(checkpoints: Path, step: int) -> Path:
     }
     staging = checkpoints / ".staging"
     contents = FILES | {"trainer_state.json": json.dumps(state).encode()}
-    written = {name: checkpoint_files.write_chunks(staging / name, [content]) for name, content in contents.items()}
+    written = checkpoint_files.write_files(staging, {name: [memoryview(text)] for name, text in contents.items()})
     checkpoint_files.publish(written, staging, checkpoints / f"step-{step}")
     return checkpoints / f"step-{step}"
 

@@ -47,6 +47,8 @@ class StepTotals:
     """Bytes of text behind the tokens; None where a source cannot tell."""
     rows_sha256: str
     noise_sha256: str
+    all_ready: bool
+    """Whether every rank has said so: see `gather_totals`."""
 
 
 def prepare_step(
@@ -100,17 +102,19 @@ def _digests(batch: NoisyBatch) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(rows + noise), dtype=np.uint8).reshape(2, -1, _DIGEST_BYTES)
 
 
-def gather_totals(step: RankStep, group: dist.ProcessGroup | None) -> StepTotals:
+def gather_totals(step: RankStep, group: dist.ProcessGroup | None, ready: bool) -> StepTotals:
     """Sum and hash over all ranks. Collective: every rank must call. `group` carries host tensors (gloo).
 
-    The hashes run over the rows in the order of their positions, so they are the same for every topology.
+    The hashes run over the rows in the order of their positions, so they are the same for every topology. `ready`
+    rides along: whether this rank's part of the save in flight is done.
     """
-    mine = torch.from_numpy(np.concatenate([step.counts.view(np.uint8), step.digests.reshape(-1)]))
+    counts = np.append(step.counts, np.int64(ready))
+    mine = torch.from_numpy(np.concatenate([counts.view(np.uint8), step.digests.reshape(-1)]))
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
     raw = np.stack([part.numpy() for part in parts])
-    sums = np.ascontiguousarray(raw[:, : step.counts.nbytes]).view("<i8").sum(axis=0)
-    digests = raw[:, step.counts.nbytes :].reshape(len(parts), 2, -1)
+    sums = np.ascontiguousarray(raw[:, : counts.nbytes]).view("<i8").sum(axis=0)
+    digests = raw[:, counts.nbytes :].reshape(len(parts), 2, -1)
     return StepTotals(
         # A step without any token that counts has a loss of 0, not of 0 / 0.
         denominator=max(1, int(sums[0])),
@@ -119,4 +123,5 @@ def gather_totals(step: RankStep, group: dist.ProcessGroup | None) -> StepTotals
         text_bytes=int(sums[3]) if sums[3] >= 0 else None,
         rows_sha256=hashlib.sha256(digests[:, 0].tobytes()).hexdigest(),
         noise_sha256=hashlib.sha256(digests[:, 1].tobytes()).hexdigest(),
+        all_ready=int(sums[4]) == len(parts),
     )

@@ -16,7 +16,8 @@ from dlm_dist.evaluation.bound import evaluate_bound
 from dlm_dist.generation.autoregressive import continue_text
 from dlm_dist.generation.blocks import generate_blocks
 from dlm_dist.generation.samplers import generate, ids_without_text, until_the_end
-from dlm_dist.training import checkpoint
+from dlm_dist.training.checkpoint_snapshot import take_snapshot
+from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.loop import Progress
 from dlm_dist.training.metrics import MetricsLog
 from dlm_dist.training.records import versions
@@ -60,6 +61,7 @@ class Callbacks:
     side: SideInputs
     stream: SampleStream
     identity: dict[str, Any]
+    writer: CheckpointWriter
     log: MetricsLog | None
 
     def evaluate(self, step: int) -> None:
@@ -119,14 +121,15 @@ class Callbacks:
             self.log.sample(step, tokenizer.decode(until_the_end(ids, tokenizer.eos_id)))
 
     def save(self, progress: Progress) -> None:
-        """A checkpoint, then retention."""
-        folder, keep_last = self.config.run.dir / "checkpoints", self.config.checkpoint.keep_last
+        """Begin a checkpoint. An asynchronous one leaves the loop as soon as the state is copied."""
+        asynchronous = self.config.checkpoint.asynchronous
+        self.writer.finish()
         files = self.source.tokenizer_files()
-        snapshot = checkpoint.take_snapshot(self.engine, progress.step, self._trainer_state(progress), files)
-        path = checkpoint.save(snapshot, folder)
-        checkpoint.on_rank_0(lambda: checkpoint.retain(folder, keep_last), "old checkpoints could not be removed")
-        if self.log is not None:
-            self.log.console.line(f"step {progress.step}  saved {path}")
+        buffers = self.writer.buffers if asynchronous else None
+        snapshot = take_snapshot(self.engine, progress.step, self._trainer_state(progress), files, buffers)
+        self.writer.start(snapshot)
+        if not asynchronous:
+            self.writer.finish()
 
     def _trainer_state(self, progress: Progress) -> dict[str, Any]:
         size = self.config.train.global_batch_size

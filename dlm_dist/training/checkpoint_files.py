@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _BLOCK_BYTES = 2**24
+_FLUSH_BYTES = 2**26
 
 
 class CheckpointError(ValueError):
@@ -56,30 +58,69 @@ def load_trainer_state(path: Path) -> dict[str, Any]:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def write_chunks(path: Path, *parts: Iterable[Any]) -> dict[str, Any]:
-    """Write buffers one after another -> {size, sha256}; durable on return."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_files(folder: Path, contents: Mapping[str, Sequence[memoryview]]) -> dict[str, dict[str, Any]]:
+    """Write files {relative path: buffers} -> {relative path: {size, sha256}}; durable on return.
+
+    Two threads work beside this one, so that a save takes as long as the slowest of the three: one hashes, one asks
+    the disk to take what is written so far, of which a file system would else keep much until the end.
+    """
+    hashing, flushing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    try:
+        digests = {name: hashing.submit(_sha256, buffers) for name, buffers in contents.items()}
+        sizes = {name: _write_file(folder / name, buffers, flushing) for name, buffers in contents.items()}
+        return {name: {"size": size, "sha256": digests[name].result()} for name, size in sizes.items()}
+    finally:
+        for threads in (hashing, flushing):
+            threads.shutdown(cancel_futures=True)
+
+
+def _blocks(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+    for buffer in buffers:
+        view = buffer.cast("B")
+        for start in range(0, len(view), _BLOCK_BYTES):
+            yield view[start : start + _BLOCK_BYTES]
+
+
+def _sha256(buffers: Sequence[memoryview]) -> str:
     digest = hashlib.sha256()
-    size = 0
-    with open(path, "wb", buffering=0) as file:
-        for chunks in parts:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B")
-                for start in range(0, len(view), _BLOCK_BYTES):
-                    block = view[start : start + _BLOCK_BYTES]
-                    digest.update(block)
-                    done = 0
-                    while done < len(block):
-                        done += file.write(block[done:])
-                size += len(view)
+    for block in _blocks(buffers):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_file(path: Path, buffers: Sequence[memoryview], flushing: ThreadPoolExecutor) -> int:
+    """Write one new file -> its size; durable on return."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = flushed = 0
+    flush: Future[None] | None = None
+    with open(path, "xb", buffering=0) as file:
+        for block in _blocks(buffers):
+            done = 0
+            while done < len(block):
+                done += os.write(file.fileno(), block[done:])
+            size += len(block)
+            if size - flushed >= _FLUSH_BYTES and (flush is None or flush.done()):
+                if flush is not None:
+                    flush.result()  # an error of the disk is told once
+                flushed = size
+                flush = flushing.submit(os.fsync, file.fileno())
+        if flush is not None:
+            flush.result()
         os.fsync(file.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
+    return size
+
+
+def make_staging(staging: Path) -> None:
+    """A new folder, durable with the two above it, in which the files of a checkpoint gather."""
+    staging.mkdir(parents=True)
+    for folder in (staging, *staging.parents[:2]):
+        fsync_folder(folder)
 
 
 def publish(files: Mapping[str, Mapping[str, Any]], staging: Path, final: Path) -> None:
     """Write the manifest over `files` {relative path: {size, sha256}} and rename `staging` to `final`."""
     manifest = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
-    write_chunks(staging / MANIFEST, [json.dumps(manifest, indent=2).encode()])
+    write_files(staging, {MANIFEST: [memoryview(json.dumps(manifest, indent=2).encode())]})
     for folder in [*(path for path in staging.rglob("*") if path.is_dir()), staging]:
         fsync_folder(folder)
     staging.rename(final)
@@ -92,12 +133,6 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def fsync_folder_and_parents(folder: Path, levels: int) -> None:
-    """Make a new folder's own entry durable, and those of `levels` folders above it."""
-    for path in [folder, *folder.parents][: levels + 1]:
-        fsync_folder(path)
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
@@ -122,16 +157,31 @@ def set_aside(folder: Path, after: int) -> list[Path]:
     return moved
 
 
-def retain(folder: Path, keep_last: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints (None: none), and what killed saves left. Rank 0 only.
+def retain(folder: Path, keep_last: int | None, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep_last` checkpoints (None: delete none) and every `keep_every`-th step.
 
-    The newest ones are those just written: `set_aside` has moved away whatever lay ahead of the resumed step. The
-    manifest goes first, so that a half-deleted checkpoint can never be taken for a whole one.
+    Rank 0 only. The newest ones are those just written: `set_aside` has moved away whatever lay ahead of the resumed
+    step. The manifest goes first, so that a half-deleted checkpoint can never be taken for a whole one. Raises
+    CheckpointError, and deletes nothing, where the newest one is not whole: an older one may be the last good one.
     """
-    for path in list_checkpoints(folder)[:-keep_last] if keep_last is not None else []:
+    found = list_checkpoints(folder)
+    surplus = [path for path in found[:-keep_last] if not _kept_for_good(path, keep_every)] if keep_last else []
+    if surplus and (problems := verify(found[-1], hashes=False)):
+        raise CheckpointError(problems[0])
+    for path in surplus:
         (path / MANIFEST).unlink()
         fsync_folder(path)
         shutil.rmtree(path)
+
+
+def _kept_for_good(path: Path, keep_every: int | None) -> bool:
+    step = step_of(path)
+    assert step is not None
+    return keep_every is not None and step % keep_every == 0
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed saves and killed deletions left. Rank 0 only, while no save is in flight."""
     unfinished = [path for path in step_folders(folder) if not (path / MANIFEST).is_file()]
     for path in [*folder.glob(".step-*"), *unfinished]:
         shutil.rmtree(path, ignore_errors=True)
@@ -164,8 +214,9 @@ def verify(
     share: tuple[int, int] = (0, 1),
     only: tuple[str, ...] = ("",),
     advance: Callable[[int], None] | None = None,
+    hashes: bool = True,
 ) -> list[str]:
-    """What is wrong with a checkpoint: [] if every file has the size and SHA-256 of the manifest.
+    """What is wrong with a checkpoint: [] if every file has the size and (`hashes`) the SHA-256 of the manifest.
 
     `only` files whose path starts with one of these are checked; of them, with `share` = (i, n), every n-th one,
     starting with the i-th. `advance` hears of the bytes read.
@@ -184,7 +235,7 @@ def verify(
             problems.append(f"{file} is missing")
         elif file.stat().st_size != entry["size"]:
             problems.append(f"{file} has {file.stat().st_size} bytes instead of {entry['size']}")
-        elif file_sha256(file, advance) != entry["sha256"]:
+        elif hashes and file_sha256(file, advance) != entry["sha256"]:
             problems.append(f"{file} does not have its recorded SHA-256")
     return problems
 

@@ -14,6 +14,7 @@ from data_pipeline.loader import ReadAhead
 from dlm_dist.config import BatchPlan, RunConfig
 from dlm_dist.diffusion.model_inputs import on_device
 from dlm_dist.training.batches import RankStep, StepTotals, gather_totals
+from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.engine import gradient_norm, set_learning_rate
 from dlm_dist.training.errors import TrainingStoppedError
 from dlm_dist.training.lr_schedules import Course, lr_factor
@@ -38,7 +39,7 @@ class Trainer:
     """Everything a step needs. `log` is None on ranks other than 0.
 
     The callbacks run between steps on every rank, since they hold collectives: `evaluate(step)` on held-out rows,
-    `sample(step)` for a text, `save(progress)` for a checkpoint.
+    `sample(step)` for a text, `save(progress)` for a checkpoint, which `writer` may still be writing afterwards.
     """
 
     config: RunConfig
@@ -57,11 +58,13 @@ class Trainer:
     evaluate: Callable[[int], None] | None
     sample: Callable[[int], None] | None
     save: Callable[[Progress], None]
+    writer: CheckpointWriter
 
     def run(self, progress: Progress) -> None:
         """Train from `progress` to the last step. Collective: every rank must call.
 
-        Raises TrainingStoppedError after train.max_consecutive_skips skipped steps in a row.
+        Raises TrainingStoppedError after train.max_consecutive_skips skipped steps in a row, CheckpointError where a
+        checkpoint could not be written.
         """
         settings, every = self.config.train, self.config.checkpoint.every
         self.seek(progress)
@@ -70,6 +73,7 @@ class Trainer:
         while progress.step < self.max_steps:
             self.step(progress)
             if progress.skips_in_a_row >= settings.max_consecutive_skips:
+                self.writer.finish()
                 raise TrainingStoppedError(
                     f"{progress.skips_in_a_row} steps in a row had a loss or gradient that is not finite, the last "
                     f"at data_pos {progress.data_pos}; resume from a checkpoint with a lower optimizer.lr, or "
@@ -78,6 +82,8 @@ class Trainer:
             # Saved first: nothing that goes wrong while evaluating costs the steps before it.
             if progress.step == self.max_steps or _due(every, progress.step):
                 self.save(progress)
+            if progress.step == self.max_steps:
+                self.writer.finish()
             self._look(progress.step)
 
     def seek(self, progress: Progress) -> None:
@@ -98,7 +104,9 @@ class Trainer:
         started = time.perf_counter()
         with Stopwatch() as waited:
             batch = self.read_ahead.next()
-        totals = gather_totals(batch, self.host_group)
+        totals = gather_totals(batch, self.host_group, self.writer.ready())
+        if totals.all_ready:
+            self.writer.advance()
         lr = self._learning_rate(progress.step)
         set_learning_rate(self.engine, lr)
         loss = self._train_step(batch, totals)

@@ -79,19 +79,24 @@ def find_resume(run_dir: Path, wanted: str | None) -> tuple[Resume | None, list[
             ]
         )
     notes = [f"passed over: {problem}" for problem in passed_over]
-    return Resume(path, checkpoint.load_trainer_state(path)), notes
+    return Resume(path, checkpoint_files.load_trainer_state(path)), notes
 
 
 def leave_other_branches(run_dir: Path, resumed: Resume | None) -> list[str]:
-    """Set aside the checkpoints ahead of the resumed one, so that the run can write its own -> notes. Collective."""
+    """Make room for the run's own checkpoints -> notes. Collective: every rank must call.
+
+    Those ahead of the resumed one are set aside; what killed saves left is removed.
+    """
     notes: list[Any] = [[]]
 
-    def set_aside() -> None:
+    def make_room() -> None:
+        folder = run_dir / "checkpoints"
         if resumed is not None:
-            moved = checkpoint_files.set_aside(run_dir / "checkpoints", resumed.state["global_step"])
+            moved = checkpoint_files.set_aside(folder, resumed.state["global_step"])
             notes[0] = [f"checkpoint ahead of {resumed.path.name} set aside as {path}" for path in moved]
+        checkpoint_files.sweep(folder)
 
-    checkpoint.on_rank_0(set_aside, f"cannot resume in {run_dir}")
+    checkpoint.on_rank_0(make_room, f"cannot start in {run_dir}")
     dist.broadcast_object_list(notes, src=0)
     found: list[str] = notes[0]
     return found

@@ -17,6 +17,7 @@ from dlm_dist.kernels import wkv7
 from dlm_dist.training import checkpoint
 from dlm_dist.training.batches import prepare_step
 from dlm_dist.training.callbacks import Callbacks, SideInputs
+from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.engine import build_engine
 from dlm_dist.training.loop import Progress, Trainer
 from dlm_dist.training.metrics import MetricsLog, measured_peak_flops
@@ -102,7 +103,10 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         config.data.read_ahead_steps,
         config.data.loader_threads,
     )
-    callbacks = Callbacks(config, engine, device, sources[0], side, stream, identity, log)
+    tell = log.console.line if log is not None else None
+    kept = config.checkpoint.keep_last, config.checkpoint.keep_every
+    writer = CheckpointWriter(config.run.dir / "checkpoints", *kept, host_group, tell)
+    callbacks = Callbacks(config, engine, device, sources[0], side, stream, identity, writer, log)
     trainer = Trainer(
         config=config,
         plan=plan,
@@ -118,6 +122,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         evaluate=callbacks.evaluate if side.validation is not None else None,
         sample=callbacks.sample if config.train.sample_every is not None else None,
         save=callbacks.save,
+        writer=writer,
     )
     finished = False
     try:
@@ -125,6 +130,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         finished = True
     finally:
         read_ahead.close()
+        writer.close()
         if log is not None:
             log.close(finished)
         if lock is not None:

@@ -57,6 +57,20 @@ def test_resume_is_exact(stage, optimizer, backbone, data, tmp_path):
     kill_twice_and_compare(settings, tmp_path, ranks=2)
 
 
+@pytest.mark.parametrize(
+    ("stage", "optimizer"),
+    [(1, "adamw8bit"), *(pytest.param(stage, "adamw", marks=pytest.mark.slow) for stage in (0, 2, 3))],
+)
+def test_resume_from_asynchronous_saves_is_exact(stage, optimizer, data, tmp_path):
+    def settings(run):
+        changes = {"zero__stage": stage, "optimizer__name": optimizer, "checkpoint__asynchronous": True}
+        return runs.overrides(data, run, "qwen3", checkpoint__every=1, checkpoint__keep_last=2, **changes)
+
+    kill_twice_and_compare(settings, tmp_path, ranks=2)
+    kept = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert kept == ["step-11", "step-12"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["llmc", "megatron"])
 def test_resume_is_exact_on_token_files(form, tmp_path):

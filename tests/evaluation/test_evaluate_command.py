@@ -49,7 +49,8 @@ def publish(checkpoints: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
     (staging / "trainer_state.json").write_text(json.dumps(state))
     files = {}
     for file in [path for path in staging.rglob("*") if path.is_file()]:
-        files[str(file.relative_to(staging))] = checkpoint_files.write_chunks(file, [file.read_bytes()])
+        entry = {"size": file.stat().st_size, "sha256": checkpoint_files.file_sha256(file)}
+        files[str(file.relative_to(staging))] = entry
     checkpoint_files.publish(files, staging, checkpoints / "step-7")
     return checkpoints / "step-7"
 

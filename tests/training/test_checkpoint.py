@@ -5,16 +5,21 @@ import torch
 from safetensors.torch import load_file
 
 from dlm_dist import models
-from dlm_dist.training import checkpoint, checkpoint_files, zero_state
-from dlm_dist.training.checkpoint import CheckpointError
+from dlm_dist.training import checkpoint, checkpoint_files, checkpoint_snapshot, zero_state
+from dlm_dist.training.checkpoint_files import CheckpointError
+from dlm_dist.training.checkpoint_snapshot import safetensors_buffers, take_snapshot
+from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from tests.training.conftest import run_steps, tiny_engine
 
 STATE = {"global_step": 2, "data_pos": 16}
 
 
 def save(engine, folder, step=2):
-    snapshot = checkpoint.take_snapshot(engine, step, STATE, {"tokenizer.json": b"{}"})
-    return checkpoint.save(snapshot, folder)
+    writer = CheckpointWriter(folder)
+    writer.start(take_snapshot(engine, step, STATE, {"tokenizer.json": b"{}"}))
+    writer.finish()
+    writer.close()
+    return folder / f"step-{step}"
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +76,12 @@ def test_what_a_checkpoint_holds(saved):
         "tokenizer/tokenizer.json",
     }
     assert set(json.loads((saved / "manifest.json").read_text())["files"]) == names - {"manifest.json"}
-    assert checkpoint.verify(saved) == []
-    assert checkpoint.load_trainer_state(saved) == STATE
+    assert checkpoint_files.verify(saved) == []
+    assert checkpoint_files.load_trainer_state(saved) == STATE
 
 
 def test_a_model_in_several_files_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MODEL_FILE_BYTES", 10_000)
+    monkeypatch.setattr(checkpoint_snapshot, "MODEL_FILE_BYTES", 10_000)
     engine, _ = tiny_engine("zero.stage=3")
     path = save(engine, tmp_path)
     assert len(list((path / "model").glob("*.safetensors"))) > 2
@@ -94,9 +99,9 @@ def test_safetensors_files_are_what_the_library_reads(tmp_path):
         "empty": torch.empty(0, 3),
         "long": torch.arange(6).view(2, 3),
     }
-    entry = checkpoint.write_safetensors(tmp_path / "x.safetensors", tensors)
-    assert entry["size"] == (tmp_path / "x.safetensors").stat().st_size
-    assert entry["sha256"] == checkpoint.file_sha256(tmp_path / "x.safetensors")
+    written = checkpoint_files.write_files(tmp_path, {"x.safetensors": safetensors_buffers(tensors)})
+    assert written["x.safetensors"]["size"] == (tmp_path / "x.safetensors").stat().st_size
+    assert written["x.safetensors"]["sha256"] == checkpoint_files.file_sha256(tmp_path / "x.safetensors")
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -121,7 +126,7 @@ def test_any_damage_is_found_and_named(copy, name, damage):
         file.write_bytes(content[::-1])
     else:
         file.unlink()
-    problems = checkpoint.verify(copy)
+    problems = checkpoint_files.verify(copy)
     assert len(problems) == 1
     assert name in problems[0]
     with pytest.raises(CheckpointError, match=r"cannot resume from .*step-2"):
@@ -130,16 +135,16 @@ def test_any_damage_is_found_and_named(copy, name, damage):
 
 def test_a_checkpoint_without_manifest_does_not_exist(copy):
     (copy / "manifest.json").unlink()
-    assert checkpoint.list_checkpoints(copy.parent) == []
+    assert checkpoint_files.list_checkpoints(copy.parent) == []
     assert checkpoint.find_resumable(copy.parent, "auto") == (None, [])
-    assert "manifest.json" in checkpoint.verify(copy)[0]
+    assert "manifest.json" in checkpoint_files.verify(copy)[0]
 
 
 def test_a_manifest_cannot_point_outside(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"]["../../secret"] = {"size": 1, "sha256": ""}
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert any("outside" in problem for problem in checkpoint.verify(copy))
+    assert any("outside" in problem for problem in checkpoint_files.verify(copy))
 
 
 def test_auto_falls_back_to_the_newest_that_verifies(saved, tmp_path):
@@ -166,9 +171,39 @@ def test_retention_keeps_the_newest_and_sweeps_what_kills_left(saved, tmp_path):
     for step in (2, 4, 10):
         shutil.copytree(saved, folder / f"step-{step}")
     (folder / ".step-12.writing").mkdir()
-    checkpoint.retain(folder, 2)
-    assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-4", "step-10"]
+    checkpoint_files.retain(folder, 2)
+    checkpoint_files.sweep(folder)
+    assert [path.name for path in checkpoint_files.list_checkpoints(folder)] == ["step-4", "step-10"]
     assert sorted(path.name for path in folder.iterdir()) == ["step-10", "step-4"]
+
+
+def test_retention_keeps_every_so_many_steps(saved, tmp_path):
+    import shutil
+
+    folder = tmp_path / "checkpoints"
+    for step in (50, 100, 150, 200, 250, 300):
+        shutil.copytree(saved, folder / f"step-{step}")
+    checkpoint_files.retain(folder, 2, keep_every=100)
+    assert [path.name for path in checkpoint_files.list_checkpoints(folder)] == [
+        "step-100",
+        "step-200",
+        "step-250",
+        "step-300",
+    ]
+    checkpoint_files.retain(folder, None)
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_retention_never_deletes_the_last_good_one(saved, tmp_path):
+    import shutil
+
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4):
+        shutil.copytree(saved, folder / f"step-{step}")
+    (folder / "step-4" / "model" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"step-4.*model.safetensors is missing"):
+        checkpoint_files.retain(folder, 1)
+    assert checkpoint_files.verify(folder / "step-2") == []
 
 
 def test_setting_aside_keeps_what_it_moves_and_never_overwrites(saved, tmp_path):
@@ -189,7 +224,7 @@ def test_setting_aside_keeps_what_it_moves_and_never_overwrites(saved, tmp_path)
         "set-aside-4.2",
         "step-2",
     ]
-    checkpoint.retain(folder, 1)
+    checkpoint_files.retain(folder, 1)
     assert len(list(folder.iterdir())) == 5
 
 
@@ -205,13 +240,13 @@ def test_a_full_disk_is_reported_and_harms_nothing(tmp_path, monkeypatch):
     first = save(engine, tmp_path, step=2)
 
     def full(*arguments):
-        raise OSError(28, "No space left on device", "x")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    monkeypatch.setattr(checkpoint_files.os, "write", full)
     with pytest.raises(CheckpointError, match=r"step-4 could not be written: rank 0: .*No space left"):
         save(engine, tmp_path, step=4)
     assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
-    assert checkpoint.verify(first) == []
+    assert checkpoint_files.verify(first) == []
 
 
 def test_another_layout_is_refused(saved):
