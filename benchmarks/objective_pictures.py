@@ -21,7 +21,7 @@ from data_pipeline.rows import Rows
 from dlm_dist.diffusion.base import NoisyBatch, Vocabulary
 from dlm_dist.diffusion.objectives import OBJECTIVES
 from dlm_dist.diffusion.schedules import SCHEDULES, make_schedule
-from dlm_dist.models.visibility import Visibility
+from dlm_dist.models.visibility import LayerPattern, Visibility, turn_blocks
 
 MASK, EOS, LENGTH, SAMPLES = 100, 0, 48, 12
 _COLOURS = ["#f4f4f4", "#1f4e79", "#e07b00", "#9db8d2"]
@@ -133,17 +133,27 @@ def draw_patterns() -> Any:
 
 
 def visibilities() -> dict[str, Visibility]:
-    """Rows of 16 tokens: two documents of 10 and 6, blocks of 4."""
+    """Rows of 16 tokens: two documents of 10 and 6, blocks of 4, a prompt of 3 before each answer."""
     cpu = torch.device("cpu")
     documents = torch.tensor([[0] * 10 + [1] * 6])
     blocks = (torch.arange(16) // 4)[None]
+    prompt = (torch.arange(16) < 3)[None]
+    chat = prompt | ((torch.arange(16) >= 9) & (torch.arange(16) < 12))[None]
+    plain = Visibility(1, 16, cpu)
     return {
         "bidirectional": Visibility(1, 16, cpu),
         "causal": Visibility(1, 16, cpu, causal=True),
         "documents apart": Visibility(1, 16, cpu, document_ids=documents),
         "causal, documents apart": Visibility(1, 16, cpu, document_ids=documents, causal=True),
         "blocks": Visibility(1, 16, cpu, block_ids=blocks),
-        "prompt and own block": Visibility(1, 16, cpu, block_ids=blocks, prompt_and_own_block=True),
+        "prompt, answer in blocks": Visibility(1, 16, cpu, block_ids=turn_blocks(prompt, 4)),
+        "prompt_and_own_block": Visibility(1, 16, cpu, block_ids=turn_blocks(prompt, 4), prompt_and_own_block=True),
+        "chat of four turns": Visibility(1, 16, cpu, block_ids=turn_blocks(chat)),
+        "chat, answers in blocks of 2": Visibility(1, 16, cpu, block_ids=turn_blocks(chat, 2)),
+        "layer window:3": plain.in_layer(LayerPattern.parse("window:3")),
+        "layer block_causal:4, documents apart": Visibility(1, 16, cpu, documents).in_layer(
+            LayerPattern.parse("block_causal:4")
+        ),
         "block: noisy beside clean": Visibility(1, 16, cpu, block_ids=blocks, two_streams=True),
         "the same, documents apart": Visibility(1, 16, cpu, documents, blocks, two_streams=True),
     }
@@ -154,8 +164,12 @@ def draw_visibility() -> Any:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.8), layout="constrained")
-    for axes, (title, visibility) in zip(figure.subplots(2, 4).reshape(-1), visibilities().items(), strict=True):
+    columns, shown = 5, visibilities()
+    figure = Figure(figsize=(13, 2.8 * -(-len(shown) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(shown) // columns), columns).reshape(-1)
+    for axes in grid[len(shown) :]:
+        axes.set_axis_off()
+    for axes, (title, visibility) in zip(grid, shown.items(), strict=False):
         axes.imshow(visibility.dense()[0, 0].numpy(), cmap=ListedColormap(_COLOURS[:2]), vmin=0, vmax=1)
         axes.set_title(title, fontsize=9)
         axes.set_xticks([])

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 OBJECTIVES = ("mdlm", "dllm", "soft_ce", "block", "ar", "card")
 DIRECTIONS = {"qwen3": ("causal", "bidirectional"), "rwkv7": ("causal", "bidirectional", "alternate", "dw_jrt")}
+
+MASKED = ("mdlm", "dllm", "soft_ce")
+"""The objectives of masked diffusion."""
 
 _READ_THE_NEXT_TOKEN = ("ar", "card")
 
@@ -16,6 +22,38 @@ def refusal(objective: str, backbone: str, direction: str) -> str | None:
         return f"causal, since objective.name is {objective}: a model that sees the next token has nothing to predict"
     if objective == "block" and direction == "dw_jrt":
         return "another direction, since objective.name is block: a seed has seen the blocks that are to come"
+    return None
+
+
+LAYER_PATTERN = re.compile(r"(bidirectional|causal)|(block_causal|window):([1-9][0-9]*)")
+"""What an entry of model.layer_patterns may be."""
+
+
+def layer_patterns_refusal(patterns: Sequence[str] | None, direction: str, layers: int) -> str | None:
+    """What is expected of model.layer_patterns in a model of that `direction`; None where nothing is wrong."""
+    if patterns is None:
+        return None
+    if not 0 < len(patterns) <= layers:
+        return f"expected from 1 to {layers} entries, the number of layers"
+    for text in patterns:
+        if LAYER_PATTERN.fullmatch(text) is None:
+            return f"expected bidirectional, causal, block_causal:N or window:N, which {text} is not"
+        if direction == "causal" and text != "causal" and not text.startswith("window"):
+            return (
+                f"expected causal and window:N alone, since the direction is causal: a layer that is {text} would show "
+                "what follows a token, or says nothing here"
+            )
+    return None
+
+
+def annealing_refusal(objective: str, backbone: str, direction: str) -> str | None:
+    """Why objective.attention_annealing is refused, in words that follow "expected null,"; None where it runs."""
+    if objective not in MASKED:
+        return f"since objective.name is {objective}, whose attention never goes from causal to bidirectional"
+    if backbone != "qwen3":
+        return f"since model.backbone is {backbone}: a scan cannot see a part of what follows, only attention can"
+    if direction != "bidirectional":
+        return f"since model.direction is {direction}: there is nothing to go to"
     return None
 
 

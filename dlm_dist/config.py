@@ -470,6 +470,7 @@ def default_values(backbone: object, optimizer: object, objective: object, model
             values["model.head_size"] = 64
     if backbone == "qwen3":
         values |= {"optimizer.lr": 3e-4, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8}
+        values["model.attention_kernel"] = "auto"
         if model.get("init_from") is None:
             values |= _qwen3_sizes(model)
     if optimizer == "lion8bit":

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from dlm_dist import compatibility
 from dlm_dist.config_types import Positive
 from dlm_dist.settings import Mistake, Section, about
 
@@ -33,8 +34,12 @@ _BACKBONE_KEYS: dict[str, tuple[str, ...]] = {
         "tie_word_embeddings",
         "rope_theta",
         "rms_norm_eps",
+        "layer_patterns",
+        "attention_kernel",
     ),
 }
+# What is no size of the network, and so no field of its configuration.
+_NOT_SIZES = ("wkv7_kernel", "attention_kernel", "rope_theta")
 
 
 class ModelSection(Section):
@@ -140,12 +145,26 @@ class ModelSection(Section):
         default=None,
         description="qwen3: added to the mean square in each norm; null = 1e-6, or with init_from that found there",
     )
+    layer_patterns: tuple[str, ...] | None = Field(
+        default=None,
+        description="qwen3: what each layer leaves of what a token may see, repeated over the layers: bidirectional "
+        "(all), causal (nothing behind it), block_causal:N (nothing behind its block of N tokens of its document), "
+        "window:N (nothing farther away than N tokens); null = all in all layers, or with init_from of the same "
+        "direction those found there",
+    )
+    attention_kernel: Literal["auto", "sdpa", "flex"] | None = Field(
+        default=None,
+        description="qwen3: what computes attention where a mask is needed. auto: FlexAttention on CUDA, else SDPA; "
+        "null = auto",
+    )
 
     def sizes(self) -> dict[str, Any]:
         """What the backbone is built from: the shared sizes and this backbone's own that are set."""
         shared = ("vocab_size", "hidden_size", "num_hidden_layers", "direction")
         own = _BACKBONE_KEYS[self.backbone] + (("tie_directions",) if self.backbone == "rwkv7" else ())
-        values = {name: getattr(self, name) for name in (*shared, *own) if name not in ("wkv7_kernel", "rope_theta")}
+        values = {name: getattr(self, name) for name in (*shared, *own) if name not in _NOT_SIZES}
+        if self.layer_patterns is not None:
+            values["layer_patterns"] = list(self.layer_patterns)
         if self.rope_theta is not None:
             values["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
         return {name: value for name, value in values.items() if value is not None}
@@ -211,3 +230,6 @@ class ModelSection(Section):
                 self.head_dim,
                 "expected an even number, since rotary positions pair channels",
             )
+        mistake = compatibility.layer_patterns_refusal(self.layer_patterns, self.direction, self.num_hidden_layers)
+        if mistake is not None:
+            yield about("model.layer_patterns", list(self.layer_patterns or ()), mistake)

@@ -69,6 +69,11 @@ def write_qwen3(
     """
     if not isinstance(weights.config, Qwen3DiffusionConfig):
         raise ValueError(f"this is a model of type {weights.config.model_type!r}, and the layout is one of Qwen3.")
+    if weights.config.layer_patterns is not None:
+        raise ValueError(
+            f"this model has layer_patterns {weights.config.layer_patterns}, and that layout has no place for them: "
+            "whoever read it would compute something else."
+        )
     with staged(destination) as folder:
         folder.mkdir(parents=True)
         write_safetensors(weights.tensors, folder)
@@ -119,7 +124,7 @@ def _their_config(weights: Weights[Qwen3DiffusionConfig]) -> dict[str, Any]:
     config = weights.config
     # Their fields with all values, and whatever else the configuration holds that is not transformers' default.
     fields = config.to_diff_dict() | {name: getattr(config, name) for name in Qwen3Config.__annotations__}
-    for name in ("mask_token_id", "direction", "layer_types", "rope_parameters", "model_type"):
+    for name in ("mask_token_id", "direction", "layer_patterns", "layer_types", "rope_parameters", "model_type"):
         fields.pop(name, None)
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     causal = config.direction == "causal"

@@ -1,7 +1,7 @@
 """Qwen3 as a diffusion backbone: transformers' own layers, with attention that may look both ways.
 
 Parameters carry the names of transformers' `Qwen3ForCausalLM`, and with `direction: causal` the logits are its
-logits. Attention runs through PyTorch's SDPA; a mask tensor is built only for packed documents or a caller's bias.
+logits. Who sees whom is a `Visibility`, which `attention` realises.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 
+from dlm_dist.compatibility import layer_patterns_refusal
+from dlm_dist.models import attention
 from dlm_dist.models.loss_head import LossHead
 from dlm_dist.models.outputs import DenoiserOutput
 from dlm_dist.models.token_ids import check_mask_token_id
-from dlm_dist.models.visibility import Visibility
+from dlm_dist.models.visibility import LayerPattern, Visibility, unbound
 from dlm_dist.randomness import derive_seed
 
 DIRECTIONS = ("bidirectional", "causal")
@@ -27,9 +29,14 @@ DIRECTIONS = ("bidirectional", "causal")
 class Qwen3DiffusionConfig(Qwen3Config):
     """Qwen3's sizes plus the mask token and the direction of attention.
 
-    `mask_token_id` is the id that stands for a hidden token; `direction` is "bidirectional" or "causal". Defaults
-    that differ from `Qwen3Config`: `intermediate_size` 3 * hidden_size, `num_key_value_heads` the number of attention
-    heads, and the rotary base 1e6 of all published Qwen3 models.
+    `mask_token_id` is the id that stands for a hidden token; `direction` is "bidirectional" or "causal".
+    `layer_patterns` says what each layer leaves of that, a list that is repeated over the layers: "bidirectional" (all
+    of it), "causal" (nothing behind the token), "block_causal:N" (nothing behind its block of N tokens of its document)
+    or "window:N" (nothing farther away than N tokens); None: all layers leave all. In a causal model only "causal" and
+    "window:N" say something.
+
+    Defaults that differ from `Qwen3Config`: `intermediate_size` 3 * hidden_size, `num_key_value_heads` the number of
+    attention heads, and the rotary base 1e6 of all published Qwen3 models.
     """
 
     model_type = "dlm_qwen3"
@@ -40,6 +47,7 @@ class Qwen3DiffusionConfig(Qwen3Config):
     use_cache: bool = False
     mask_token_id: int | None = None
     direction: str = "bidirectional"
+    layer_patterns: list[str] | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.intermediate_size is None:
@@ -54,7 +62,15 @@ class Qwen3DiffusionConfig(Qwen3Config):
                 f" num_key_value_heads {self.num_key_value_heads}."
             )
         if self.use_sliding_window:
-            raise ValueError("use_sliding_window is true: sliding-window layers are not supported, set it to false.")
+            raise ValueError("use_sliding_window is true: set it to false, and name such layers in layer_patterns.")
+        mistake = layer_patterns_refusal(self.layer_patterns, self.direction, self.num_hidden_layers)
+        if mistake is not None:
+            raise ValueError(f"layer_patterns is {self.layer_patterns}: {mistake}.")
+
+    def patterns(self) -> tuple[LayerPattern, ...]:
+        """What each layer leaves of what a token may see."""
+        named = [LayerPattern.parse(text) for text in self.layer_patterns or ["bidirectional"]]
+        return tuple(named[layer % len(named)] for layer in range(self.num_hidden_layers))
 
 
 class Qwen3ForDiffusion(Qwen3PreTrainedModel):
@@ -68,10 +84,15 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
 
     def __init__(self, config: Qwen3DiffusionConfig) -> None:
         super().__init__(config)
-        if config._attn_implementation != "sdpa":
+        if config._attn_implementation not in ("sdpa", attention.INTERFACE):
             raise ValueError(
-                f"attn_implementation is {config._attn_implementation!r}: Qwen3ForDiffusion runs with 'sdpa' only."
+                f"attn_implementation is {config._attn_implementation!r}: leave it out, and choose by"
+                " set_attention_kernel."
             )
+        config._attn_implementation = attention.INTERFACE
+        self.attention_kernel = "auto"
+        self.attention_ran: str | None = None
+        """What the last forward ran: "sdpa" without any mask, "sdpa with a mask", or "flex"."""
         self.model = Qwen3Model(config)
         self.lm_head = LossHead(config.hidden_size, config.vocab_size)
         self.post_init()
@@ -80,6 +101,18 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
     def direction(self) -> str:
         """ "bidirectional" or "causal"."""
         return self.config.direction
+
+    def set_attention_kernel(self, kernel: str) -> None:
+        """What computes attention where a mask is needed, from now on: one of `attention.KERNELS`."""
+        if kernel not in attention.KERNELS:
+            raise ValueError(f"kernel is {kernel!r}: choose one of {', '.join(attention.KERNELS)}.")
+        self.attention_kernel = kernel
+
+    def attention_choice(self, device: torch.device) -> attention.Choice:
+        """What computes attention on `device` where a mask is needed, and why. A caller's bias always runs on SDPA."""
+        return attention.choose(
+            self.attention_kernel, device, self.config.head_dim, self.config.attention_dropout if self.training else 0.0
+        )
 
     def forward(
         self,
@@ -90,6 +123,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         clean_ids: Tensor | None = None,
         prompt_and_own_block: bool = False,
         attention_bias: Tensor | None = None,
+        annealing: Tensor | None = None,
         supervised: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
@@ -102,10 +136,12 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
 
         `input_ids` [B, T]. `document_ids` [B, T]: tokens see each other only where ids are equal, and nobody sees -1;
         None means that each row is one document. `block_ids` [B, T], not falling inside a document: a token sees no
-        later block of its document. `clean_ids` [B, T], with `block_ids`: a token sees its own block of `input_ids` and
-        the earlier blocks of `clean_ids` (block diffusion). With `prompt_and_own_block` a
-        token sees its own block and block 0 alone. `attention_bias` [B or 1, 1, T, T] is added to the
-        attention scores of every layer and head that documents, blocks and direction leave open (its gradient is kept).
+        later block of its document; `visibility.turn_blocks` makes them for prompts, answers and chats. With
+        `prompt_and_own_block` a token sees its own block and block 0 alone. `clean_ids` [B, T], with `block_ids`: a
+        token sees its own block of `input_ids` and the earlier blocks of `clean_ids` (block diffusion). `annealing`
+        [B, 3] int64: the columns are `Visibility.annealing`; a causal model takes none. `attention_bias`
+        [B or 1, 1, T, T] is added to the attention scores of every layer and head where all of these leave a pair open
+        (its gradient is kept).
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
@@ -115,6 +151,8 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
             raise ValueError("prompt_and_own_block needs block_ids [B, T], and takes no clean_ids.")
         if clean_ids is not None and (block_ids is None or attention_bias is not None):
             raise ValueError("clean_ids [B, T] need block_ids [B, T] beside them, and take no attention_bias.")
+        if annealing is not None and self.direction == "causal":
+            raise ValueError("annealing shows tokens that a model of direction causal never sees: leave it out.")
         batch, length = input_ids.shape
         visibility = Visibility(
             batch,
@@ -125,13 +163,15 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
             causal=self.direction == "causal",
             prompt_and_own_block=prompt_and_own_block,
             two_streams=clean_ids is not None,
+            annealing=None if annealing is None else unbound(annealing),
         )
+        masks = self._masks(visibility, attention_bias)
+        self.attention_ran = masks.kernel
         hidden = self.model(
             input_ids if clean_ids is None else torch.cat([input_ids, clean_ids], 1),
-            attention_mask={"full_attention": self._mask(visibility, attention_bias)},
+            attention_mask={"full_attention": masks},
             position_ids=visibility.positions(),
             use_cache=False,
-            is_causal=self.direction == "causal",
         ).last_hidden_state[:, :length]
         if supervised is None:
             return DenoiserOutput(logits=self.lm_head(hidden))
@@ -169,38 +209,44 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
             )
         grown = _grown_apart(state)
         past, length = grown.get_seq_length(), input_ids.shape[1]
-        places = torch.arange(past + length, device=input_ids.device)
-        queries = places[past:]
-        mask = None
-        # SDPA's own causal mask would count the queries from the first key; one block sees all.
-        if (past > 0 and length > 1) if causal else length != block_length:
-            blocks = None if block_length is None else places[None] // block_length
-            rule = Visibility(1, past + length, input_ids.device, block_ids=blocks, causal=causal)
-            mask = rule.sees(queries.new_zeros(()), queries[:, None], places[None])[None, None]
         hidden = self.model(
             input_ids,
-            attention_mask={"full_attention": mask},
-            position_ids=queries[None],
+            attention_mask={"full_attention": self._continued_masks(past, length, block_length, input_ids.device)},
+            position_ids=torch.arange(past, past + length, device=input_ids.device)[None],
             past_key_values=grown,
             use_cache=True,
-            is_causal=causal and mask is None,
         ).last_hidden_state
         return hidden, grown
 
-    def _mask(self, visibility: Visibility, attention_bias: Tensor | None) -> Tensor | None:
-        """SDPA mask [B, 1, T, T] (True or 0 = visible); None where SDPA needs none."""
-        if visibility.is_everything and attention_bias is None:
-            return None
-        visible = visibility.dense()
-        if attention_bias is None:
-            return visible
-        batch, length = visibility.batch, visibility.length
-        if attention_bias.dim() != 4 or attention_bias.shape[1:] != (1, length, length):
-            raise ValueError(
-                f"attention_bias must be [{batch}, 1, {length}, {length}], got {tuple(attention_bias.shape)}."
-            )
-        bias = attention_bias.to(self.model.embed_tokens.weight.dtype)
-        return bias.masked_fill(~visible, -torch.inf)
+    def _masks(self, visibility: Visibility, attention_bias: Tensor | None) -> attention.LayerMasks:
+        """What the layers run with. Raises ValueError for a bias of another shape."""
+        if attention_bias is not None:
+            batch, length = visibility.batch, visibility.length
+            if attention_bias.dim() != 4 or attention_bias.shape[1:] != (1, length, length):
+                raise ValueError(
+                    f"attention_bias must be [{batch}, 1, {length}, {length}], got {tuple(attention_bias.shape)}."
+                )
+            attention_bias = attention_bias.to(self.model.embed_tokens.weight.dtype)
+        kernel = self.attention_choice(visibility.device).kernel
+        return attention.layer_masks(visibility, self.config.patterns(), kernel, attention_bias)
+
+    def _continued_masks(
+        self, past: int, length: int, block_length: int | None, device: torch.device
+    ) -> attention.LayerMasks:
+        """Those of `length` tokens behind `past` ones."""
+        causal, places = self.direction == "causal", torch.arange(past + length, device=device)
+        blocks = None if block_length is None else places[None] // block_length
+        whole = Visibility(1, past + length, device, block_ids=blocks, causal=causal)
+        # SDPA's own causal mask would count the queries from the first key; one block sees all.
+        plain = past == 0 or length == 1 if causal else length == block_length
+        masks: list[Tensor | None] = []
+        for pattern in self.config.patterns():
+            if plain and pattern in (LayerPattern(), LayerPattern(causal=causal)):
+                masks.append(None)
+            else:
+                rule = whole.in_layer(pattern)
+                masks.append(rule.sees(places[:1], places[past:, None], places[None])[None, None])
+        return attention.LayerMasks("sdpa", tuple(masks), (causal,) * len(masks))
 
     @torch.no_grad()
     def initialize_(self, seed: int) -> None:
@@ -233,7 +279,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward FLOPs of the layers per token (2 per multiply-add), without embedding and head.
 
-        Scores and weighted values count each visible key once: all T keys, or (T + 1) / 2 on average when causal.
+        Scores and weighted values count each key once that direction and layer pattern let a token of a whole row see.
         """
         config = self.config
         attention_width = config.num_attention_heads * config.head_dim
@@ -242,8 +288,9 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         key_value_width = config.num_key_value_heads * config.head_dim
         projections = config.hidden_size * 2 * (attention_width + key_value_width)
         mlp = 3 * config.hidden_size * config.intermediate_size
-        keys = sequence_length if self.direction == "bidirectional" else (sequence_length + 1) / 2
-        return config.num_hidden_layers * 2.0 * (projections + mlp + 2 * attention_width * keys)
+        causal = self.direction == "causal"
+        keys = sum(pattern.mean_keys(sequence_length, causal) for pattern in config.patterns())
+        return 2.0 * (config.num_hidden_layers * (projections + mlp) + 2 * attention_width * keys)
 
     def head_flops_per_row(self) -> float:
         """Forward FLOPs of the head for one row (2 per multiply-add)."""

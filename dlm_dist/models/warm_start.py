@@ -56,6 +56,8 @@ def _fitting_qwen3(given: Qwen3DiffusionConfig, sizes: Mapping[str, Any]) -> dic
         _refuse_other_heads("head_dim", sizes, given.head_dim)
         names = ("head_dim", "num_key_value_heads", "intermediate_size", "tie_word_embeddings")
         decided |= {name: getattr(given, name) for name in names}
+    if given.layer_patterns is not None and given.direction == sizes["direction"]:
+        decided["layer_patterns"] = given.layer_patterns
     return decided
 
 

@@ -34,6 +34,8 @@ class StartRecord:
     """Measured FLOP/s of all ranks together, the base of MFU."""
     resumed_from: Path | None = None
     wkv7_backend: dict[str, Any] | None = None
+    attention: dict[str, str] | None = None
+    """What computes attention where a mask is needed, and why (models.attention.Choice)."""
     init_from: Mapping[str, list[str]] | None = None
     """The report of models.warm_start."""
     fallbacks: list[str] = field(default_factory=list)
@@ -69,6 +71,7 @@ class StartRecord:
             },
             "parameter_groups": self.parameter_groups,
             "wkv7_backend": self.wkv7_backend,
+            "attention": self.attention,
             "fallbacks": self.fallbacks,
             "notes": self.notes,
             "init_from": self.init_from,

@@ -106,7 +106,7 @@ def run_identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]
     """What must not change within a run: change any of it and the same steps would mean other training."""
     tree = config.model_dump(mode="json")
     # What decides nothing after the start, and how the same numbers are computed.
-    free = ("init_from", "init_revision", "gradient_checkpointing", "wkv7_kernel")
+    free = ("init_from", "init_revision", "gradient_checkpointing", "wkv7_kernel", "attention_kernel")
     model = {key: value for key, value in tree["model"].items() if key not in free}
     # L2Wrap's strength may be changed on the way, as the learning rate and the weight decay may.
     objective = {key: value for key, value in tree["objective"].items() if key != "l2wrap"}

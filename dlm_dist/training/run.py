@@ -14,6 +14,8 @@ from dlm_dist.config import ConfigError, RunConfig, resolve_batch
 from dlm_dist.diffusion.block_diffusion import BlockLengths
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
 from dlm_dist.kernels import wkv7
+from dlm_dist.models.attention import Choice, choose
+from dlm_dist.models.qwen3 import Qwen3DiffusionConfig
 from dlm_dist.training import checkpoint
 from dlm_dist.training.batches import prepare_step
 from dlm_dist.training.callbacks import Callbacks, SideInputs
@@ -66,6 +68,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     stream = SampleStream(sources, weights, config.run.seed, skip, config.data.max_samples, config.data.order)
     max_steps = _total_steps(config, stream)
     backend, fallbacks = _wkv7_backend(config, device)
+    attention, attention_fallbacks = _attention(config, device)
     # Only now: the self-test of the kernels uses operations that have no deterministic form on CUDA.
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Small numbers of the host go over gloo, so that they never wait for the device.
@@ -87,8 +90,9 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         gemm_peak_flops=_total_peak(config, device),
         resumed_from=resumed.path if resumed is not None else None,
         wkv7_backend=asdict(backend) if backend is not None else None,
+        attention=asdict(attention) if attention is not None else None,
         init_from=start.init_from,
-        fallbacks=fallbacks,
+        fallbacks=[*fallbacks, *attention_fallbacks],
         notes=[*notes, *leave_other_branches(config.run.dir, resumed)],
     )
     log = None
@@ -180,6 +184,29 @@ def _wkv7_backend(config: RunConfig, device: torch.device) -> tuple[wkv7.Backend
     if fallback is not None and config.strict:
         raise ConfigError([f"{fallback}, and strict is true: mend that, or set strict=false"])
     return backend, [fallback] if fallback is not None else []
+
+
+def _attention(config: RunConfig, device: torch.device) -> tuple[Choice | None, list[str]]:
+    """What computes masked attention (None without it) and the fallbacks taken.
+
+    ConfigError where model.attention_kernel cannot run, and under `strict` for a fallback.
+    """
+    kernel = config.model.attention_kernel
+    if kernel is None:
+        return None, []
+    head_dim = config.model.head_dim or Qwen3DiffusionConfig.head_dim
+    try:
+        choice = choose(kernel, device, head_dim, dropout=0.0)
+    except ValueError as error:
+        raise ConfigError([f"model.attention_kernel is {kernel}: {error}"]) from error
+    if choice.kernel == "flex" and device.type == "cpu":
+        raise ConfigError([f"model.attention_kernel is {kernel}: FlexAttention has no backward pass on a CPU"])
+    if device.type != "cuda" or choice.kernel == "flex" or kernel == "sdpa":
+        return choice, []
+    fallback = f"masked attention runs on SDPA, with masks as tensors: {choice.reason}"
+    if config.strict:
+        raise ConfigError([f"{fallback}, and strict is true: mend that, or set model.attention_kernel=sdpa"])
+    return choice, [fallback]
 
 
 def make_objective(config: RunConfig, source: Source) -> Objective:

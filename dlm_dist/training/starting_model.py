@@ -64,6 +64,8 @@ def starting_model(
         unrounded = whole_parts(model)
     if config.model.wkv7_kernel is not None:
         model.set_kernel(config.model.wkv7_kernel)
+    if config.model.attention_kernel is not None:
+        model.set_attention_kernel(config.model.attention_kernel)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return StartingModel(model, unrounded, report)

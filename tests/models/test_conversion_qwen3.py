@@ -122,6 +122,14 @@ def test_a_bidirectional_model_stays_one_in_transformers(tmp_path: Path) -> None
     assert read_qwen3(tmp_path / "theirs").config.direction == "bidirectional"
 
 
+def test_layer_patterns_have_no_place_in_their_layout(tmp_path: Path) -> None:
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    models.build("qwen3", mask_token_id=95, layer_patterns=["window:4"], **sizes).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"layer_patterns \['window:4'\], and that layout has no place"):
+        write_qwen3(read_folder(tmp_path / "ours"), tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
 def test_a_tied_head_may_be_stored_but_has_to_be_the_embedding(tmp_path: Path) -> None:
     source = theirs(tmp_path / "theirs", tie_word_embeddings=True)
     file = source / "model.safetensors"

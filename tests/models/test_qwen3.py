@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dlm_dist.models import build
 from dlm_dist.models.qwen3 import Qwen3DiffusionConfig, Qwen3ForDiffusion
-from dlm_dist.models.visibility import Visibility
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -122,8 +120,12 @@ def test_attention_bias_is_added_on_top_of_documents_and_direction() -> None:
 
 
 def test_no_mask_tensor_without_documents() -> None:
-    model = _model()
-    assert model._mask(Visibility(2, 8, torch.device("cpu")), None) is None
+    for direction in ("bidirectional", "causal"):
+        model = _model(direction=direction)
+        model(_ids(2, 8))
+        assert model.attention_ran == "sdpa"
+        model(_ids(2, 8), document_ids=torch.zeros(2, 8, dtype=torch.long))
+        assert model.attention_ran == "sdpa with a mask"
 
 
 BLOCKS = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 3, 3], [0, 1, 1, 2, 3, 4, 5, 6, 7, 8]])
@@ -188,28 +190,6 @@ def test_with_prompt_and_own_block_other_blocks_have_no_influence() -> None:
             assert torch.equal(moved, own | prompt[:, None]), place
     with pytest.raises(ValueError, match="needs block_ids"):
         model(ids, prompt_and_own_block=True)
-
-
-def test_the_mask_of_flex_attention_is_the_dense_one() -> None:
-    from torch.nn.attention.flex_attention import create_mask
-
-    for causal, prompt, streams in itertools.product((False, True), repeat=3):
-        if prompt and streams:
-            continue
-        rule = Visibility(2, 10, torch.device("cpu"), DOCUMENTS, BLOCKS, causal, prompt, streams)
-        width = rule.width
-        mask = create_mask(lambda b, h, q, k, rule=rule: rule.sees(b, q, k), 2, None, width, width, device="cpu")
-        assert torch.equal(mask, rule.dense())
-        assert rule.dense().any(-1).all(), "some kernels make NaN of a row that sees nothing"
-    literal = Visibility(1, 6, torch.device("cpu"), None, torch.tensor([[0, 0, 1, 1, 2, 2]]), False, True)
-    assert literal.dense()[0, 0].int().tolist() == [
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 1],
-        [1, 1, 0, 0, 1, 1],
-    ]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -325,9 +305,9 @@ def test_mistakes_are_named() -> None:
         _model(mask_token_id=97)
     with pytest.raises(ValueError, match="num_attention_heads 4 is no multiple of num_key_value_heads 3"):
         _model(num_key_value_heads=3)
-    with pytest.raises(ValueError, match="sliding-window"):
+    with pytest.raises(ValueError, match="name such layers in layer_patterns"):
         _model(use_sliding_window=True)
-    with pytest.raises(ValueError, match="'sdpa' only"):
+    with pytest.raises(ValueError, match="choose by set_attention_kernel"):
         Qwen3ForDiffusion._from_config(Qwen3DiffusionConfig(**SIZES), attn_implementation="eager")
     with pytest.raises(ValueError, match="need targets"):
         _model()(_ids(1, 4), supervised=torch.tensor([0]))

@@ -130,6 +130,15 @@ def test_what_no_shape_shows_comes_with_the_weights_of_qwen3(tied: bool, tmp_pat
         resolved(source, *keys, "model.head_dim=8")
 
 
+def test_layer_patterns_come_with_weights_of_the_same_direction(tmp_path: Path) -> None:
+    source = qwen3(tmp_path / "given", direction="causal", layer_patterns=["window:3", "causal"])
+    keys = ("model.backbone=qwen3", "model.num_attention_heads=4")
+    assert resolved(source, *keys, "model.direction=causal").model.layer_patterns == ("window:3", "causal")
+    assert resolved(source, *keys, "model.direction=bidirectional").model.layer_patterns is None
+    named = resolved(source, *keys, "model.direction=causal", "model.layer_patterns=[causal]")
+    assert initial_model(named, mask_token_id=63)[0].config.layer_patterns == ["causal"]
+
+
 def test_weights_of_another_backbone_decide_nothing(causal: Path, tmp_path: Path) -> None:
     assert resolved(causal, "model.backbone=qwen3", "model.num_attention_heads=4").model.head_dim is None
     assert resolved(qwen3(tmp_path / "given"), "model.head_size=8").model.head_size == 8
