@@ -50,6 +50,8 @@ _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "confidence_weight": _MASKED,
     "block_lengths": ("block",),
     "card_tail": ("card",),
+    "mask_noise_std": (*_DRAWN, "card"),
+    "mask_noise_samples": (*_DRAWN, "card"),
 }
 """The objectives that each key belongs to."""
 
@@ -205,6 +207,14 @@ class ObjectiveSection(Section):
         default=None,
         description="card: of the last card_tail * N tokens N are hidden; 1 = just the last N; null = 1.5",
     )
+    mask_noise_std: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="standard deviation of the noise that is added to the embedding of each masked token in the "
+        "first mask_noise_samples samples, falling to 0 in a line (LLaDA 2, from causal weights); null = none",
+    )
+    mask_noise_samples: Positive | None = Field(
+        default=None, description="sample positions over which mask_noise_std falls to 0; no default"
+    )
     l2wrap: Annotated[float, Field(ge=0.0)] = Field(
         default=0.0,
         description="strength of the pull on each scored token's highest logit, which leaves the loss's value as it "
@@ -213,7 +223,7 @@ class ObjectiveSection(Section):
 
     def settings(self) -> dict[str, Any]:
         """What the objective is made with: its own keys that are set."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in _OBJECTIVE_KEYS}
+        values: dict[str, Any] = {name: getattr(self, name) for name in _OBJECTIVE_KEYS if "mask_noise" not in name}
         parameters = {
             "exponent": values.pop("schedule_exponent"),
             "steepness": values.pop("schedule_steepness"),
@@ -224,6 +234,13 @@ class ObjectiveSection(Section):
         values["schedule_parameters"] = {key: value for key, value in parameters.items() if value is not None} or None
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def mask_noise(self) -> tuple[float, int] | None:
+        """mask_noise_std and mask_noise_samples where they are set."""
+        if self.mask_noise_std is None or self.mask_noise_samples is None:
+            return None
+        return self.mask_noise_std, self.mask_noise_samples
+
     def contradictions(self) -> Iterator[Mistake]:
         for key, owners in _OBJECTIVE_KEYS.items():
             value = getattr(self, key)
@@ -232,6 +249,18 @@ class ObjectiveSection(Section):
                 yield about(
                     f"objective.{key}", value, f"a key of {names} only, and objective.name is {self.name}: remove it"
                 )
+        if (self.mask_noise_std is None) != (self.mask_noise_samples is None):
+            there, missing = ("std", "samples") if self.mask_noise_samples is None else ("samples", "std")
+            yield Mistake(
+                f"objective.mask_noise_{missing}",
+                f"objective.mask_noise_{missing} is missing: objective.mask_noise_{there} needs it beside it",
+            )
+        if self.mask_noise_std is not None and self.noise_type == "random_replace":
+            yield about(
+                "objective.mask_noise_std",
+                self.mask_noise_std,
+                "expected null, since objective.noise_type is random_replace: nothing is masked",
+            )
         if self.name in _DRAWN:
             yield from self._drawn()
         if self.name in _MASKED:

@@ -315,6 +315,17 @@ def test_the_nearest_key(write, key, nearest):
             ["objective.name=card", "model.direction=bidirectional"],
             "expected causal, since",
         ),
+        (RWKV7, ["objective.mask_noise_std=0.1"], "objective.mask_noise_samples is missing: objective.mask_noise_std"),
+        (RWKV7, ["objective.mask_noise_samples=9"], "objective.mask_noise_std is missing: objective.mask_noise_sampl"),
+        (
+            RWKV7,
+            [
+                "objective.mask_noise_std=0.1",
+                "objective.mask_noise_samples=9",
+                "objective.noise_type=random_replace",
+            ],
+            "objective.mask_noise_std is 0.1: expected null, since objective.noise_type is random_replace",
+        ),
         (RWKV7, ["objective.card_tail=2"], "objective.card_tail is 2.0: a key of card only"),
         (
             RWKV7,

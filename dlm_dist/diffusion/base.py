@@ -102,6 +102,10 @@ class NoisyBatch:
     """[B, L] the block of each token: none sees a later one; None: one block."""
     block_times: FloatArray | None = None
     """[B, L] the time of each token's block; None: that of its sample."""
+    mask_noise_keys: IntArray | None = None
+    """[B] what the noise on the embedding of masks is made from; None: there is none."""
+    mask_noise_scales: NDArray[np.float32] | None = None
+    """[B] standard deviation of that noise."""
 
     @property
     def denominator(self) -> int:

@@ -24,7 +24,13 @@ def host_inputs(batch: NoisyBatch, pin: bool) -> dict[str, torch.Tensor]:
         "targets": batch.targets.reshape(-1)[supervised],
         "weights": batch.weights.reshape(-1)[supervised],
     }
-    optional = {"document_ids": batch.document_ids, "clean_ids": batch.clean, "block_ids": batch.block_ids}
+    optional: dict[str, NDArray | None] = {
+        "document_ids": batch.document_ids,
+        "clean_ids": batch.clean,
+        "block_ids": batch.block_ids,
+        "mask_noise_keys": batch.mask_noise_keys,
+        "mask_noise_scales": batch.mask_noise_scales,
+    }
     arrays |= {name: array for name, array in optional.items() if array is not None}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors

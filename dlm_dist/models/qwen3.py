@@ -17,6 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3PreTrainedModel
 from dlm_dist.compatibility import layer_patterns_refusal
 from dlm_dist.models import attention
 from dlm_dist.models.loss_head import LossHead
+from dlm_dist.models.mask_noise import add_mask_noise
 from dlm_dist.models.outputs import DenoiserOutput
 from dlm_dist.models.token_ids import check_mask_token_id
 from dlm_dist.models.visibility import LayerPattern, Visibility, unbound
@@ -124,6 +125,8 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         prompt_and_own_block: bool = False,
         attention_bias: Tensor | None = None,
         annealing: Tensor | None = None,
+        mask_noise_keys: Tensor | None = None,
+        mask_noise_scales: Tensor | None = None,
         supervised: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
@@ -142,6 +145,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         [B, 3] int64: the columns are `Visibility.annealing`; a causal model takes none. `attention_bias`
         [B or 1, 1, T, T] is added to the attention scores of every layer and head where all of these leave a pair open
         (its gradient is kept).
+        `mask_noise_keys`, `mask_noise_scales` [B]: see `mask_noise.add_mask_noise`.
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
@@ -167,8 +171,12 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         )
         masks = self._masks(visibility, attention_bias)
         self.attention_ran = masks.kernel
+        mask_id, embedded = self.config.mask_token_id, self.model.embed_tokens(input_ids)
+        embedded = add_mask_noise(embedded, input_ids, mask_id, mask_noise_keys, mask_noise_scales)
+        if clean_ids is not None:
+            embedded = torch.cat([embedded, self.model.embed_tokens(clean_ids)], 1)
         hidden = self.model(
-            input_ids if clean_ids is None else torch.cat([input_ids, clean_ids], 1),
+            inputs_embeds=embedded,
             attention_mask={"full_attention": masks},
             position_ids=visibility.positions(),
             use_cache=False,

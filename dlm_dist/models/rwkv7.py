@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dlm_dist.kernels.wkv7 import KERNELS
 from dlm_dist.models.documents import Documents
 from dlm_dist.models.loss_head import LossHead
+from dlm_dist.models.mask_noise import add_mask_noise
 from dlm_dist.models.outputs import DenoiserOutput
 from dlm_dist.models.rwkv7_init import InitSizes, initial_value, initialize_
 from dlm_dist.models.rwkv7_layers import ChannelMix, DepthSeed, LoraRanks, ScanState, TimeMix, last_rows, lora_ranks
@@ -214,6 +215,8 @@ class RWKV7ForDiffusion(PreTrainedModel):
         document_ids: Tensor | None = None,
         block_ids: Tensor | None = None,
         clean_ids: Tensor | None = None,
+        mask_noise_keys: Tensor | None = None,
+        mask_noise_scales: Tensor | None = None,
         supervised: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
@@ -228,12 +231,13 @@ class RWKV7ForDiffusion(PreTrainedModel):
         -1; None means that each row is one document. `block_ids` [B, T]: runs of equal ids inside a document; a token
         sees no later block. `clean_ids` [B, T], with `block_ids`: a token sees its own block of `input_ids` and the
         earlier blocks of `clean_ids` (block diffusion). Direction "dw_jrt" takes no blocks: a seed has seen them all.
+        `mask_noise_keys`, `mask_noise_scales` [B]: see `mask_noise.add_mask_noise`.
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
         the unweighted losses [M] fp32. `l2wrap`, `label_smoothing`, `confidence_weight`: see `LossHead.forward`.
         """
-        x = self.body(input_ids, document_ids, block_ids, clean_ids)
+        x = self.body(input_ids, document_ids, block_ids, clean_ids, mask_noise_keys, mask_noise_scales)
         if supervised is None:
             return DenoiserOutput(logits=self.head(self.ln_out(x)))
         if targets is None or weights is None:
@@ -248,10 +252,15 @@ class RWKV7ForDiffusion(PreTrainedModel):
         document_ids: Tensor | None = None,
         block_ids: Tensor | None = None,
         clean_ids: Tensor | None = None,
+        mask_noise_keys: Tensor | None = None,
+        mask_noise_scales: Tensor | None = None,
     ) -> Tensor:
         """The residual stream of `input_ids` after the last block [B, T, C], before the final norm."""
         documents = self._documents(input_ids, document_ids, block_ids, clean_ids)
-        x = self.emb(input_ids if clean_ids is None else torch.cat([input_ids, clean_ids]))
+        mask_id = self.config.mask_token_id
+        x = add_mask_noise(self.emb(input_ids), input_ids, mask_id, mask_noise_keys, mask_noise_scales)
+        if clean_ids is not None:
+            x = torch.cat([x, self.emb(clean_ids)])
         if documents is not None:
             x = x.flatten(0, 1).unsqueeze(0)
         v_first = below = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dlm_dist.compatibility import LAYER_PATTERN
+from dlm_dist.device_randomness import mix32
 
 _LOW_32 = 0xFFFFFFFF
 
@@ -176,15 +177,7 @@ def pair_words(key_0: Tensor, key_1: Tensor, query: Tensor, key: Tensor) -> Tens
     Whole numbers only, so that CPU and CUDA agree to the bit, and a function of one pair, so that FlexAttention can
     evaluate it where it needs it.
     """
-    return _mixed(_mixed(query + key_0 & _LOW_32) ^ _mixed(key + key_1 & _LOW_32))
-
-
-def _mixed(word: Tensor) -> Tensor:
-    """lowbias32, a bijection of 32-bit words held in int64 (C. Wellons, "Prospecting for Hash Functions", 2018)."""
-    word = (word ^ (word >> 16)) * 0x7FEB352D & _LOW_32
-    # The factor 0x846CA68B less 2**32, which is the same in the low 32 bits: no product leaves 64 bits.
-    word = (word ^ (word >> 15)) * (0x846CA68B - 2**32) & _LOW_32
-    return word ^ (word >> 16)
+    return mix32(mix32(query + key_0 & _LOW_32) ^ mix32(key + key_1 & _LOW_32))
 
 
 def turn_blocks(is_prompt: Tensor, block_length: int | None = None, document_ids: Tensor | None = None) -> Tensor:

@@ -98,6 +98,9 @@ def _digests(batch: NoisyBatch) -> NDArray[np.uint8]:
         drawn.update(batch.inputs[i].astype("<i8").tobytes())
         drawn.update(batch.times[i : i + 1].astype("<f8").tobytes())
         drawn.update(batch.lengths[i : i + 1].astype("<i8").tobytes())
+        if batch.mask_noise_keys is not None and batch.mask_noise_scales is not None and batch.mask_noise_scales[i]:
+            drawn.update(batch.mask_noise_keys[i : i + 1].astype("<i8").tobytes())
+            drawn.update(batch.mask_noise_scales[i : i + 1].astype("<f4").tobytes())
         noise.append(drawn.digest())
     return np.frombuffer(b"".join(rows + noise), dtype=np.uint8).reshape(2, -1, _DIGEST_BYTES)
 

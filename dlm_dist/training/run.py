@@ -12,6 +12,7 @@ from data_pipeline.loader import ReadAhead, SampleStream
 from data_pipeline.source import Source
 from dlm_dist.config import ConfigError, RunConfig, resolve_batch
 from dlm_dist.diffusion.block_diffusion import BlockLengths
+from dlm_dist.diffusion.mask_noise import WithMaskNoise
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
 from dlm_dist.kernels import wkv7
 from dlm_dist.models.attention import Choice, choose
@@ -218,7 +219,7 @@ def make_objective(config: RunConfig, source: Source) -> Objective:
     try:
         if config.objective.block_lengths is not None:
             BlockLengths(config.objective.block_lengths).check(source.sequence_length)
-        return OBJECTIVES[config.objective.name](
+        objective = OBJECTIVES[config.objective.name](
             seed=config.run.seed,
             vocabulary=vocabulary(source),
             isolate_documents=config.data.isolate_documents,
@@ -226,6 +227,8 @@ def make_objective(config: RunConfig, source: Source) -> Objective:
         )
     except ValueError as error:
         raise ConfigError([f"objective: {error}"]) from error
+    noise = config.objective.mask_noise
+    return objective if noise is None else WithMaskNoise(objective, config.run.seed, *noise)
 
 
 def vocabulary(source: Source) -> Vocabulary:

@@ -140,3 +140,29 @@ def test_block_diffusion_writes_texts_on_the_way_and_afterwards(data, tmp_path, 
     for more in ([], ["--block-length", "8"]):
         assert dlm(*command, *more) == 0
         assert capsys.readouterr().out.startswith("time")
+
+
+def test_noise_on_masks_is_the_same_on_any_ranks_and_after_a_resume_and_ends(data, tmp_path):
+    """Steps of 8 samples: the noise is gone after step 5."""
+    settings = {"objective__mask_noise_std": 0.5, "objective__mask_noise_samples": 40, "train__max_steps": 8}
+    settings |= {"train__precision": "fp32"}
+    without = {"objective__mask_noise_std": None, "objective__mask_noise_samples": None}
+    found = {}
+    for name, ranks, changes in (("one", 1, {}), ("two", 2, {}), ("without", 2, without)):
+        runs.train(runs.overrides(data, tmp_path / name, **(settings | changes)), ranks)
+        found[name] = runs.metrics(tmp_path / name)
+    for one, two in zip(found["one"], found["two"], strict=True):
+        assert one["noise_sha256"] == two["noise_sha256"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+    same = [
+        one["noise_sha256"] == other["noise_sha256"] for one, other in zip(found["two"], found["without"], strict=True)
+    ]
+    assert same == [False] * 5 + [True] * 3
+    (tmp_path / "two" / "checkpoints" / "step-8" / "manifest.json").unlink()
+    again = tmp_path / "again"
+    (tmp_path / "two").rename(again)
+    runs.train(runs.overrides(data, again, **settings), 2, resume="auto")
+    for one, other in zip(runs.metrics(again), found["two"], strict=True):
+        assert [one[key] for key in runs.EXACT] == [other[key] for key in runs.EXACT]
+    refused = runs.attempt(runs.overrides(data, again, **(settings | {"objective__mask_noise_std": 0.4})), 1, "auto")
+    assert "objective.mask_noise_std is 0.4, the checkpoint was trained with 0.5" in refused.stdout
