@@ -49,6 +49,8 @@ class StepTotals:
     noise_sha256: str
     all_ready: bool
     """Whether every rank has said so: see `gather_totals`."""
+    any_alarm: bool
+    """Whether a rank has said so: see `gather_totals`."""
 
 
 def prepare_step(
@@ -105,13 +107,13 @@ def _digests(batch: NoisyBatch) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(rows + noise), dtype=np.uint8).reshape(2, -1, _DIGEST_BYTES)
 
 
-def gather_totals(step: RankStep, group: dist.ProcessGroup | None, ready: bool) -> StepTotals:
+def gather_totals(step: RankStep, group: dist.ProcessGroup | None, ready: bool, alarm: bool) -> StepTotals:
     """Sum and hash over all ranks. Collective: every rank must call. `group` carries host tensors (gloo).
 
     The hashes run over the rows in the order of their positions, so they are the same for every topology. `ready`
-    rides along: whether this rank's part of the save in flight is done.
+    and `alarm` ride along: whether this rank's part of the save in flight is done, and whether it wants the run to end.
     """
-    counts = np.append(step.counts, np.int64(ready))
+    counts = np.append(step.counts, np.array([ready, alarm], dtype="<i8"))
     mine = torch.from_numpy(np.concatenate([counts.view(np.uint8), step.digests.reshape(-1)]))
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
@@ -127,4 +129,5 @@ def gather_totals(step: RankStep, group: dist.ProcessGroup | None, ready: bool) 
         rows_sha256=hashlib.sha256(digests[:, 0].tobytes()).hexdigest(),
         noise_sha256=hashlib.sha256(digests[:, 1].tobytes()).hexdigest(),
         all_ready=int(sums[4]) == len(parts),
+        any_alarm=int(sums[5]) > 0,
     )

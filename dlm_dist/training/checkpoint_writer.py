@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from dlm_dist.training.checkpoint_files import CheckpointError, make_staging, publish, retain, write_files
 from dlm_dist.training.checkpoint_snapshot import HostBuffers, Snapshot
+from dlm_dist.training.lease import LeaseError
 
 
 @dataclass
@@ -37,7 +38,8 @@ class _Save:
 class CheckpointWriter:
     """Writes checkpoints to `folder`, at most one at a time. Every rank has one; `group` carries host objects.
 
-    `keep_last` and `keep_every` as in `checkpoint_files.retain`; `tell` gets a line about each published checkpoint.
+    `keep_last` and `keep_every` as in `checkpoint_files.retain`; `tell` gets a line about each published checkpoint;
+    rank 0's `guard` runs before one is published, and raises LeaseError where it must not be.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class CheckpointWriter:
         keep_every: int | None = None,
         group: dist.ProcessGroup | None = None,
         tell: Callable[[str], None] | None = None,
+        guard: Callable[[], None] | None = None,
     ) -> None:
         self.buffers = HostBuffers()
         self._folder = folder
         self._keep = keep_last, keep_every
         self._group = group
         self._tell = tell
+        self._guard = guard
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
 
@@ -119,6 +123,8 @@ class CheckpointWriter:
     def _publish(self, files: Mapping[str, Mapping[str, Any]], staging: Path, final: Path) -> str | None:
         """Rank 0 publishes -> what kept it from removing old checkpoints, if anything did."""
         if dist.get_rank() == 0:
+            if self._guard is not None:
+                self._guard()
             publish(files, staging, final)
             try:
                 retain(self._folder, *self._keep)
@@ -142,6 +148,6 @@ class CheckpointWriter:
 
 
 def _described(error: BaseException | None) -> str | None:
-    if error is None or isinstance(error, OSError):
-        return None if error is None else str(error)
-    return f"{type(error).__name__}: {error}"
+    if error is None:
+        return None
+    return str(error) if isinstance(error, (OSError, LeaseError)) else f"{type(error).__name__}: {error}"

@@ -59,6 +59,8 @@ class Trainer:
     sample: Callable[[int], None] | None
     save: Callable[[Progress], None]
     writer: CheckpointWriter
+    alarm: Callable[[], str | None]
+    """Why this rank wants the run to end before its next step; None: it does not."""
 
     def run(self, progress: Progress) -> None:
         """Train from `progress` to the last step. Collective: every rank must call.
@@ -104,7 +106,10 @@ class Trainer:
         started = time.perf_counter()
         with Stopwatch() as waited:
             batch = self.read_ahead.next()
-        totals = gather_totals(batch, self.host_group, self.writer.ready())
+        alarm = self.alarm()
+        totals = gather_totals(batch, self.host_group, self.writer.ready(), alarm is not None)
+        if totals.any_alarm:
+            raise TrainingStoppedError(self._first_told(alarm))
         if totals.all_ready:
             self.writer.advance()
         lr = self._learning_rate(progress.step)
@@ -114,6 +119,12 @@ class Trainer:
         if self.log is not None:
             seconds = time.perf_counter() - started
             self.log.step(self._record(progress, totals, loss, lr, seconds, waited.seconds))
+
+    def _first_told(self, alarm: str | None) -> str:
+        """The alarm of the first rank that has one. Collective."""
+        alarms: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(alarms, alarm, group=self.host_group)
+        return next(text for text in alarms if text is not None)
 
     def _learning_rate(self, step: int) -> float:
         settings = self.config.optimizer

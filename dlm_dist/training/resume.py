@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from data_pipeline.order import SkipList
 from data_pipeline.source import Source
 from dlm_dist.config import ConfigError, RunConfig
 from dlm_dist.training import checkpoint, checkpoint_files
+from dlm_dist.training.lease import Lease, LeaseError
 
 
 @dataclass(frozen=True)
@@ -26,32 +26,30 @@ class Resume:
     state: dict[str, Any]
 
 
-def lock_run_dir(run_dir: Path) -> tuple[IO[str] | None, list[str]]:
-    """Make this process the only one that trains in `run_dir` -> (file, notes); the lock lasts while the file is open.
+@contextmanager
+def own_run_dir(run_dir: Path) -> Iterator[Lease | None]:
+    """Make this the only run that trains in `run_dir` for as long as the block lasts -> the lease on rank 0, else None.
 
-    The kernel gives the lock back when the process ends, however it ends. Collective; only rank 0 gets a file.
-    Raises ConfigError on every rank where another process holds it; a file system without locks is noted.
+    Collective: every rank must enter. Raises ConfigError on every rank where another run owns the folder, or it
+    cannot be written.
     """
-    holder: IO[str] | None = None
+    lease = None
     problem: list[str | None] = [None]
-    notes: list[str] = []
     if dist.get_rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        holder = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         try:
-            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            holder.truncate(0)
-            holder.write(f"process {os.getpid()} on {os.uname().nodename}")
-            holder.flush()
-        except BlockingIOError:
-            holder.seek(0)
-            problem = [f"run.dir {run_dir} is in use by {holder.read()}: stop that run, or choose another folder"]
+            lease = Lease(run_dir)
+        except LeaseError as error:
+            problem = [str(error)]
         except OSError as error:
-            notes = [f"run.dir {run_dir} is not protected against a second run: its file system has no locks ({error})"]
+            problem = [f"run.dir {run_dir} cannot be used: {error}"]
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise ConfigError([problem[0]])
-    return holder, notes
+    try:
+        yield lease
+    finally:
+        if lease is not None:
+            lease.release()
 
 
 def find_resume(run_dir: Path, wanted: str | None) -> tuple[Resume | None, list[str]]:

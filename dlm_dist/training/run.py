@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 
 import torch
@@ -30,7 +31,7 @@ from dlm_dist.training.resume import (
     find_resume,
     inexact_notes,
     leave_other_branches,
-    lock_run_dir,
+    own_run_dir,
     require_same,
     run_identity,
     skip_list,
@@ -46,16 +47,23 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     `resume`: None for a fresh run (refused where run.dir already holds one), "auto", or the path of a checkpoint.
     Raises ConfigError, DataError, CheckpointError or TrainingStoppedError with a sentence for the user.
     """
+    with ExitStack() as owned:
+        _train(config, device, resume, command, owned)
+
+
+def _train(
+    config: RunConfig, device: torch.device, resume: str | None, command: Sequence[str], owned: ExitStack
+) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = resolve_batch(config.train, world)
     sources = open_sources(config)
     objective = make_objective(config, sources[0])
     side = SideInputs.open(config, sources[0])
-    lock, lock_notes = lock_run_dir(config.run.dir)
+    lease = owned.enter_context(own_run_dir(config.run.dir))
     resumed, notes = find_resume(config.run.dir, resume)
     checkpoint_path = resumed.path if resumed is not None else None
     config = resolve_sizes(config, sources[0], checkpoint_path)
-    notes = [*lock_notes, *notes, *(note for source in [*sources, side.validation] if source for note in source.notes)]
+    notes += [note for source in [*sources, side.validation] if source for note in source.notes]
     if not objective.is_bound:
         notes.append(f"the loss is no bound on the likelihood: {', '.join(objective.not_a_bound())}")
     identity = run_identity(config, sources)
@@ -110,7 +118,8 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
     )
     tell = log.console.line if log is not None else None
     kept = config.checkpoint.keep_last, config.checkpoint.keep_every
-    writer = CheckpointWriter(config.run.dir / "checkpoints", *kept, host_group, tell)
+    guard = lease.require if lease is not None else None
+    writer = CheckpointWriter(config.run.dir / "checkpoints", *kept, host_group, tell, guard)
     callbacks = Callbacks(config, engine, device, sources[0], side, stream, identity, writer, log)
     trainer = Trainer(
         config=config,
@@ -128,6 +137,7 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         sample=callbacks.sample if config.train.sample_every is not None else None,
         save=callbacks.save,
         writer=writer,
+        alarm=lambda: lease.lost if lease is not None else None,
     )
     finished = False
     try:
@@ -138,8 +148,6 @@ def train(config: RunConfig, device: torch.device, resume: str | None, command: 
         writer.close()
         if log is not None:
             log.close(finished)
-        if lock is not None:
-            lock.close()
 
 
 def _total_steps(config: RunConfig, stream: SampleStream) -> int:

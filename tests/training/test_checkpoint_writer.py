@@ -12,6 +12,7 @@ from dlm_dist.training import checkpoint_files, checkpoint_writer
 from dlm_dist.training.checkpoint_files import CheckpointError
 from dlm_dist.training.checkpoint_snapshot import HostBuffers, Snapshot, take_snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
+from dlm_dist.training.lease import LeaseError
 from tests.training.conftest import run_steps, tiny_engine
 
 
@@ -146,6 +147,18 @@ def test_an_error_in_the_thread_is_raised_at_the_next_border(writer, tmp_path, m
     writer.start(snapshot(6))
     writer.finish()
     assert published(tmp_path) == ["step-2", "step-6"]
+
+
+def test_a_run_that_lost_its_folder_publishes_nothing(tmp_path):
+    def guard():
+        raise LeaseError("taken over")
+
+    writer = CheckpointWriter(tmp_path / "checkpoints", guard=guard)
+    writer.start(snapshot(2))
+    with pytest.raises(CheckpointError, match="step-2 could not be written: rank 0: taken over"):
+        writer.finish()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    writer.close()
 
 
 CALLS = ("open", "mkdir", "write", "fsync", "rename", "unlink", "rmdir")

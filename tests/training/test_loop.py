@@ -46,6 +46,7 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0):
         sample=None,
         save=None,
         writer=None,
+        alarm=lambda: None,
     )
     micro_batches = []
     for number, count in enumerate(scored):
@@ -53,7 +54,7 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0):
         batch |= {name: batch[name][:count] for name in ("supervised", "targets", "weights")}
         batch["weights"] = batch["weights"] * scale_of_weights
         micro_batches.append(batch)
-    totals = StepTotals(16 * len(scored), sum(scored), 16 * len(scored), None, "", "", False)
+    totals = StepTotals(16 * len(scored), sum(scored), 16 * len(scored), None, "", "", False, False)
     step = RankStep(micro_batches, np.zeros(4, dtype=np.int64), np.zeros((2, 4, 32), dtype=np.uint8))
     loss = trainer._train_step(step, totals)
     return loss, {name: parameter.grad for name, parameter in engine.module.named_parameters()}, engine.calls[0]
@@ -101,5 +102,5 @@ def test_what_the_model_reads_is_counted():
         step = prepare_step(
             lambda at, read=read: read[at[0] : at[-1] + 1], objective, read.positions, BatchPlan(8, 4, 2), 0, 1
         )
-        totals = gather_totals(step, None, ready=False)
+        totals = gather_totals(step, None, ready=False, alarm=False)
         assert totals.read == streams * 8 * 12, name
