@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def visibilities() -> dict[str, Visibility]:
     prompt = (torch.arange(16) < 3)[None]
     chat = prompt | ((torch.arange(16) >= 9) & (torch.arange(16) < 12))[None]
     plain = Visibility(1, 16, cpu)
+    annealing = torch.tensor([1]), torch.tensor([2]), torch.tensor([2**32 // 3])
     return {
         "bidirectional": Visibility(1, 16, cpu),
         "causal": Visibility(1, 16, cpu, causal=True),
@@ -154,6 +156,7 @@ def visibilities() -> dict[str, Visibility]:
         "layer block_causal:4, documents apart": Visibility(1, 16, cpu, documents).in_layer(
             LayerPattern.parse("block_causal:4")
         ),
+        "annealing, a third of the way": replace(plain, annealing=annealing),
         "block: noisy beside clean": Visibility(1, 16, cpu, block_ids=blocks, two_streams=True),
         "the same, documents apart": Visibility(1, 16, cpu, documents, blocks, two_streams=True),
     }

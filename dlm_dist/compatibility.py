@@ -46,14 +46,17 @@ def layer_patterns_refusal(patterns: Sequence[str] | None, direction: str, layer
     return None
 
 
-def annealing_refusal(objective: str, backbone: str, direction: str) -> str | None:
-    """Why objective.attention_annealing is refused, in words that follow "expected null,"; None where it runs."""
-    if objective not in MASKED:
-        return f"since objective.name is {objective}, whose attention never goes from causal to bidirectional"
+def annealing_refusal(backbone: str, direction: str, patterns: Sequence[str] | None = None) -> str | None:
+    """Why objective.attention_annealing is refused, in words that follow "expected null,"; None where it runs.
+
+    It is a key of the objectives of masked diffusion alone.
+    """
     if backbone != "qwen3":
-        return f"since model.backbone is {backbone}: a scan cannot see a part of what follows, only attention can"
+        return f"since model.backbone is {backbone}: a scan cannot see some of the later tokens, only attention can"
     if direction != "bidirectional":
-        return f"since model.direction is {direction}: there is nothing to go to"
+        return f"since model.direction is {direction}: attention would stay so"
+    if patterns and set(patterns) == {"causal"}:
+        return "since model.layer_patterns is causal in all layers: attention would stay so"
     return None
 
 
@@ -72,4 +75,11 @@ def table() -> str:
                 for name, reason in zip(OBJECTIVES, found, strict=True)
                 if reason is not None
             }
-    return "\n".join([*lines, "", *reasons])
+    annealed = [
+        f"{backbone} {direction}"
+        for backbone, directions in DIRECTIONS.items()
+        for direction in directions
+        if annealing_refusal(backbone, direction) is None
+    ]
+    where = f"objective.attention_annealing: {', '.join(MASKED)} on {', '.join(annealed)} only"
+    return "\n".join([*lines, "", *reasons, where])

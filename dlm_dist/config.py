@@ -363,6 +363,10 @@ def _objective_fits(parts: Mapping[str, Any]) -> Iterator[Mistake]:
         reason = compatibility.refusal(name, model.backbone, model.direction)
         if reason is not None:
             yield about("model.direction", model.direction, f"expected {reason}")
+        annealing = parts["objective"].attention_annealing
+        reason = compatibility.annealing_refusal(model.backbone, model.direction, model.layer_patterns)
+        if annealing is not None and name in compatibility.MASKED and reason is not None:
+            yield about("objective.attention_annealing", annealing, f"expected null, {reason}")
     if "train" in parts and parts["train"].eval_draws > 1 and name in ("ar", "card"):
         yield about(
             "train.eval_draws",

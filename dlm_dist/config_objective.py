@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from dlm_dist.compatibility import MASKED as _MASKED
 from dlm_dist.config_types import Fraction, NonNegative, Positive
 from dlm_dist.settings import Mistake, Section, about
 
@@ -17,7 +18,6 @@ def _token_name(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-_MASKED = ("mdlm", "dllm", "soft_ce")
 _DRAWN = (*_MASKED, "block")
 _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "schedule": _DRAWN,
@@ -46,6 +46,7 @@ _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "token_to_token_rate": _MASKED,
     "token_to_token_weight": _MASKED,
     "shift": _MASKED,
+    "attention_annealing": _MASKED,
     "label_smoothing": ("soft_ce",),
     "confidence_weight": _MASKED,
     "block_lengths": ("block",),
@@ -189,6 +190,12 @@ class ObjectiveSection(Section):
     shift: bool | None = Field(
         default=None,
         description="a token is predicted at the place in front of it, as a causal model does it (Dream); null = false",
+    )
+    attention_annealing: Positive | None = Field(
+        default=None,
+        description="qwen3, bidirectional: samples over which attention goes from causal to bidirectional, each later "
+        "token being seen with a probability that grows from 0 to 1 (DiffuLLaMA), to start from causal weights; "
+        "evaluation and texts always see all; null = none",
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
         default=None, description="soft_ce: share of the target that is spread over the whole vocabulary; null = 0.1"

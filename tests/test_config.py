@@ -22,6 +22,7 @@ data: {train: [{path: shards}]}
 train: {max_steps: 10, global_batch_size: 8, micro_batch_size: 2}
 """
 QWEN3 = RWKV7.replace("rwkv7,", "qwen3, num_attention_heads: 4,")
+ANNEALED = "objective.attention_annealing=100"
 AR = ["objective.name=ar"]
 
 
@@ -127,7 +128,8 @@ def test_every_key_of_the_objective_survives_a_round_trip(write):
         "objective.shift=true",
         "objective.confidence_weight=0.3",
     ]
-    config = load_config(write(RWKV7), overrides)
+    overrides.append(ANNEALED)
+    config = load_config(write(QWEN3), overrides)
     assert load_config(write(to_yaml(config))) == config
     made = OBJECTIVES["mdlm"](
         seed=1, vocabulary=Vocabulary(mask_id=9, eos_id=0, size=10), **config.objective.settings()
@@ -363,6 +365,10 @@ def test_the_nearest_key(write, key, nearest):
             [*AR, "model.layer_patterns=[causal, block_causal:4]"],
             'is ["causal", "block_causal:4"]: expected causal and window:N alone, since the direction is causal: a lay',
         ),
+        (RWKV7, [ANNEALED], "objective.attention_annealing is 100: expected null, since model.backbone is rwkv7"),
+        (QWEN3, [ANNEALED, "model.direction=causal"], "is 100: expected null, since model.direction is causal"),
+        (QWEN3, [ANNEALED, "model.layer_patterns=[causal]"], "since model.layer_patterns is causal in all layers"),
+        *((QWEN3, [ANNEALED, f"objective.name={name}"], "a key of mdlm, dllm") for name in ("ar", "card", "block")),
         (QWEN3, ["model.num_key_value_heads=3"], "expected a divisor of model.num_attention_heads = 4"),
         (QWEN3, ["model.num_attention_heads=null"], "model.num_attention_heads is missing"),
         (QWEN3, ["model.head_dim=33"], "model.head_dim is 33: expected an even number"),

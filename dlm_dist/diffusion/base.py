@@ -100,6 +100,8 @@ class NoisyBatch:
     """[B, L] clean ids, of which a token sees the blocks before its own (block diffusion)."""
     block_ids: NDArray[np.int32] | None = None
     """[B, L] the block of each token: none sees a later one; None: one block."""
+    annealing: IntArray | None = None
+    """[B, 3] what tokens see of those behind them (`corruption.annealed_attention`); None: as the model's direction."""
     block_times: FloatArray | None = None
     """[B, L] the time of each token's block; None: that of its sample."""
     mask_noise_keys: IntArray | None = None

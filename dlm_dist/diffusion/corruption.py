@@ -79,6 +79,22 @@ def random_lengths(
     return lengths
 
 
+def annealed_attention(seed: int, positions: IntArray, budget: int) -> IntArray | None:
+    """What of the tokens behind each other those of a sample see, [B, 3]: two 32-bit keys and a threshold.
+
+    DiffuLLaMA's attention annealing (Gong et al., "Scaling Diffusion Language Models via Adaptation from Autoregressive
+    Models", 2024): the mask is causal or drawn, each later token being seen with a probability that grows from 0 at
+    position 0 to 1 at position `budget`. The model hashes keys and places to a word below 2**32 and compares it with
+    the threshold. None where all samples lie behind the budget: nothing is masked any more.
+    """
+    if (positions >= budget).all():
+        return None
+    keys = randomness.hash_uint64(randomness.derive_seed(seed, "attention_annealing"), positions)
+    thresholds = [(min(int(position), budget) << 32) // budget for position in positions]
+    halves = (keys & np.uint64(2**32 - 1)), keys >> np.uint64(32)
+    return np.stack([*(half.astype(np.int64) for half in halves), np.array(thresholds, dtype=np.int64)], axis=1)
+
+
 def random_ids(seed: int, positions: IntArray, length: int, purpose: str, vocab_size: int, mask_id: int) -> IntArray:
     """Ids drawn uniformly from all but the mask token [B, length]."""
     words = keyed_words(seed, positions, length, purpose)

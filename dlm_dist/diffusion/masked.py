@@ -26,6 +26,7 @@ from dlm_dist.diffusion.base import (
     visible_documents,
 )
 from dlm_dist.diffusion.corruption import (
+    annealed_attention,
     hide_counted,
     hide_independently,
     hide_span,
@@ -104,6 +105,7 @@ class MaskedDiffusion:
     token_to_token_rate: float = 0.0
     token_to_token_weight: float = 1.0
     shift: bool = False
+    attention_annealing: int = 0
     label_smoothing: float = 0.0
     confidence_weight: float = 0.0
     random_length_prob: float = 0.0
@@ -213,6 +215,7 @@ class MaskedDiffusion:
             positions=samples.positions,
             text_bytes=text_bytes,
             counted=counted[self.normalization],
+            annealing=annealed_attention(self.seed, samples.positions, self.attention_annealing),
         )
         return _behind(batch, rows.before.repeat(repeat)) if self.shift else batch
 

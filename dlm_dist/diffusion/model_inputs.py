@@ -30,6 +30,7 @@ def host_inputs(batch: NoisyBatch, pin: bool) -> dict[str, torch.Tensor]:
         "block_ids": batch.block_ids,
         "mask_noise_keys": batch.mask_noise_keys,
         "mask_noise_scales": batch.mask_noise_scales,
+        "annealing": batch.annealing,
     }
     arrays |= {name: array for name, array in optional.items() if array is not None}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -103,6 +103,9 @@ def _digests(batch: NoisyBatch) -> NDArray[np.uint8]:
         if batch.mask_noise_keys is not None and batch.mask_noise_scales is not None and batch.mask_noise_scales[i]:
             drawn.update(batch.mask_noise_keys[i : i + 1].astype("<i8").tobytes())
             drawn.update(batch.mask_noise_scales[i : i + 1].astype("<f4").tobytes())
+        # Not where the budget is over: other samples of the micro-batch must not show.
+        if batch.annealing is not None and batch.annealing[i, 2] < 2**32:
+            drawn.update(batch.annealing[i].astype("<i8").tobytes())
         noise.append(drawn.digest())
     return np.frombuffer(b"".join(rows + noise), dtype=np.uint8).reshape(2, -1, _DIGEST_BYTES)
 

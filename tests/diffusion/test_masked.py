@@ -75,9 +75,13 @@ OPTIONS: dict[str, dict] = {
     "random_length_prob": {"random_length_prob": 0.5},
     "random_length_group": {"random_length_prob": 0.5, "random_length_group": 4},
     "isolate_documents": {"isolate_documents": True},
+    "attention_annealing": {"attention_annealing": 1000},
 }
 IN_THE_HEAD = ("label_smoothing", "confidence_weight")
-FIELDS = ("inputs", "targets", "weights", "document_ids", "times", "lengths", "positions", "text_bytes", "counted")
+FIELDS = (
+    *("inputs", "targets", "weights", "document_ids", "times", "lengths", "positions", "text_bytes", "counted"),
+    "annealing",
+)
 
 
 def test_every_option_is_tested():

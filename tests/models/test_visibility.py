@@ -18,6 +18,7 @@ from dlm_dist.models.qwen3 import Qwen3DiffusionConfig, Qwen3ForDiffusion
 from dlm_dist.models.visibility import LayerPattern, Visibility, pair_words, turn_blocks
 
 CPU = torch.device("cpu")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -315,6 +316,7 @@ def test_which_kernel_computes_masked_attention() -> None:
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 @pytest.mark.parametrize("two_streams", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flex_attention_on_cuda_is_sdpa_forward_and_backward(dtype: torch.dtype, two_streams: bool) -> None:
@@ -339,6 +341,7 @@ def test_flex_attention_on_cuda_is_sdpa_forward_and_backward(dtype: torch.dtype,
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 def test_the_mask_of_flex_attention_on_cuda_takes_no_memory_that_grows_with_the_square() -> None:
     cuda, length = torch.device("cuda"), 16384
     blocks = (torch.arange(length, device=cuda) // 32)[None]
@@ -351,6 +354,7 @@ def test_the_mask_of_flex_attention_on_cuda_takes_no_memory_that_grows_with_the_
 
 
 @pytest.mark.gpu
+@NEEDS_CUDA
 def test_the_words_of_pairs_are_the_same_on_cuda() -> None:
     keys, places = torch.tensor([[1], [2**32 - 1]]), torch.arange(3000)
     here = pair_words(keys[0], keys[1], places[:, None], places[None])
