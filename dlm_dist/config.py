@@ -334,7 +334,7 @@ class RunConfig(Section):
 
     @classmethod
     def contradictions_across(cls, parts: Mapping[str, Any]) -> Iterator[Mistake]:
-        for check in (_evaluation_has_data, _objective_fits, _warmup_ends, _deepspeed_is_free):
+        for check in (_evaluation_has_data, _search_has_evaluations, _objective_fits, _warmup_ends, _deepspeed_is_free):
             yield from check(parts)
 
 
@@ -343,6 +343,11 @@ def _evaluation_has_data(parts: Mapping[str, Any]) -> Iterator[Mistake]:
         every = parts["train"].eval_every
         if every is not None and parts["data"].validation is None:
             yield about("train.eval_every", every, "expected null, since data.validation is not given")
+
+
+def _search_has_evaluations(parts: Mapping[str, Any]) -> Iterator[Mistake]:
+    if {"objective", "train"} <= parts.keys() and parts["objective"].clip_search and parts["train"].eval_every is None:
+        yield about("objective.clip_search", True, "expected train.eval_every too: the search is part of evaluations")
 
 
 def _objective_fits(parts: Mapping[str, Any]) -> Iterator[Mistake]:

@@ -50,6 +50,7 @@ _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "label_smoothing": ("soft_ce",),
     "confidence_weight": _MASKED,
     "block_lengths": ("block",),
+    "clip_search": ("block",),
     "card_tail": ("card",),
     "mask_noise_std": (*_DRAWN, "card"),
     "mask_noise_samples": (*_DRAWN, "card"),
@@ -209,6 +210,11 @@ class ObjectiveSection(Section):
         default=None,
         description="block: how long blocks are, as phases [tokens, length]: a length holds for that many tokens of "
         "data, the last one to the end; 0 = the whole row; each divides sequence_length; null = [[0, 32]]",
+    )
+    clip_search: bool | None = Field(
+        default=None,
+        description="block: at every train.eval_every steps choose the range of times, in place of t_min and t_max, in "
+        "which the loss of a held-out block varies least (BD3-LM); the loss is no bound; null = false",
     )
     card_tail: Annotated[float, Field(ge=1.0)] | None = Field(
         default=None,

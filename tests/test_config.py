@@ -391,6 +391,16 @@ def test_the_nearest_key(write, key, nearest):
             ["checkpoint.keep_every=1500", "checkpoint.keep_last=2"],
             "checkpoint.keep_every is 1500: expected a multiple of checkpoint.every, 1000",
         ),
+        (
+            RWKV7,
+            ["objective.name=block", "objective.clip_search=true"],
+            "objective.clip_search is true: expected train.eval_every too",
+        ),
+        (
+            RWKV7,
+            ["objective.clip_search=true", "data.validation=d", "train.eval_every=5"],
+            "objective.clip_search is true: a key of block only, and objective.name is mdlm: remove it",
+        ),
         (RWKV7, ["optimizer.warmup_steps=11"], "optimizer.warmup_steps is 11: expected at most train.max_steps = 10"),
         (RWKV7, ["optimizer.schedule=wsd"], "optimizer.decay_steps is missing: the schedule wsd needs"),
         (RWKV7, ["optimizer.decay_steps=3"], "optimizer.decay_steps is 3: a key of wsd and inverse_sqrt"),

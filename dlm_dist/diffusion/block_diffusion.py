@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,12 +69,23 @@ class BlockLengths:
         return np.array([lengths[number] for number in phase], dtype=np.int64)
 
 
+class ClipRange(NamedTuple):
+    """From sample `position` on the times of blocks of `block_length` are drawn from [t_min, t_max]."""
+
+    position: int
+    block_length: int
+    t_min: float
+    t_max: float
+
+
 @dataclass(frozen=True)
 class BlockDiffusion:
     """Noisy blocks beside their clean row. Each block has a time; times are stratified over the blocks of the data.
 
     block_lengths: the phases of `BlockLengths`. t_min, t_max: times are drawn from this range only (BD3-LM's clipped
-    schedules: less variance, and no bound). Raises ValueError for values that make no objective.
+    schedules: less variance, and no bound). clip_search: that range is chosen anew during training, and `clip_ranges`
+    are the choices so far, by rising position; for a sample the last one up to it holds of those for blocks of its
+    length. Raises ValueError for values that make no objective.
     """
 
     seed: int
@@ -84,6 +96,8 @@ class BlockDiffusion:
     masking: str = "exact"
     t_min: float = 0.0
     t_max: float = 1.0
+    clip_search: bool = False
+    clip_ranges: tuple[ClipRange, ...] = ()
     random_length_prob: float = 0.0
     random_length_group: int = 1
     isolate_documents: bool = False
@@ -112,7 +126,7 @@ class BlockDiffusion:
 
     def not_a_bound(self) -> list[str]:
         """The settings for which the loss is no bound, as `key=value`; empty where it is one."""
-        whole = {"t_min": 0.0, "t_max": 1.0}
+        whole = {"t_min": 0.0, "t_max": 1.0, "clip_search": False}
         return [f"{key}={getattr(self, key)}" for key, value in whole.items() if getattr(self, key) != value]
 
     def head_settings(self) -> dict[str, float]:
@@ -150,6 +164,13 @@ class BlockDiffusion:
             block_times=None if one_block else block_times,
         )
 
+    def time_ranges(self, positions: IntArray, block_length: int) -> tuple[FloatArray, FloatArray]:
+        """Smallest and largest time [B] of the samples at `positions` [B], in blocks of `block_length`."""
+        choices = [chosen for chosen in self.clip_ranges if chosen.block_length == block_length]
+        ranges = np.array([(self.t_min, self.t_max), *((chosen.t_min, chosen.t_max) for chosen in choices)])
+        number = np.searchsorted([chosen.position for chosen in choices], positions, side="right")
+        return ranges[number, 0], ranges[number, 1]
+
     def _blocks(
         self, positions: IntArray, lengths: IntArray, words: NDArray[np.uint64], size: int
     ) -> tuple[BoolArray, FloatArray, FloatArray]:
@@ -158,7 +179,8 @@ class BlockDiffusion:
         # Keyed by the length too: under another one, block j of a row is another piece of the data.
         seed = randomness.derive_seed(self.seed, "block", str(size))
         numbers = positions[:, None] * count + np.arange(count)
-        times = self.t_min + (self.t_max - self.t_min) * stratified_times(seed, numbers.reshape(-1))
+        low, high = (bounds.repeat(count) for bounds in self.time_ranges(positions, size))
+        times = low + (high - low) * stratified_times(seed, numbers.reshape(-1))
         inside = np.clip(lengths[:, None] - size * np.arange(count), 0, size).reshape(-1)
         eligible = np.arange(size) < inside[:, None]
         level = Level.at(self._schedule, times, inside, self.masking == "exact")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from data_pipeline.loader import SampleStream
 from data_pipeline.source import Source
 from data_pipeline.tokenizer_base import Tokenizer
 from dlm_dist.config import RunConfig
-from dlm_dist.diffusion.block_diffusion import BlockLengths
+from dlm_dist.diffusion.block_diffusion import BlockDiffusion, BlockLengths, ClipRange
+from dlm_dist.diffusion.objectives import Objective
 from dlm_dist.evaluation.bound import evaluate_bound
+from dlm_dist.evaluation.clip_search import search_range
 from dlm_dist.generation.autoregressive import continue_text
 from dlm_dist.generation.blocks import generate_blocks
 from dlm_dist.generation.samplers import generate, ids_without_text, until_the_end
@@ -58,15 +60,16 @@ class Callbacks:
     engine: Any
     device: torch.device
     source: Source
+    objective: Objective
     side: SideInputs
     stream: SampleStream
     identity: dict[str, Any]
     writer: CheckpointWriter
     log: MetricsLog | None
 
-    def evaluate(self, step: int) -> None:
-        """Bound (`ar`, `card`: exact likelihood) on the held-out rows."""
-        settings = self.config.train
+    def evaluate(self, progress: Progress) -> None:
+        """Bound (`ar`, `card`: exact likelihood) on the held-out rows, and objective.clip_search where that is on."""
+        settings, step = self.config.train, progress.step
         assert self.side.validation is not None
         bound = evaluate_bound(
             self.engine.module,
@@ -79,8 +82,36 @@ class Callbacks:
             shift=bool(self.config.objective.shift),
             block_length=self._block_length(step),
         )
+        found = self._search(progress) if self._is_search_due(step) else None
         if self.log is not None:
-            self.log.evaluation({"step": step, **bound.record()})
+            self.log.evaluation({"step": step, **bound.record(), "clip_search": found})
+
+    def _is_search_due(self, step: int) -> bool:
+        """Not at the start, where the losses say nothing, nor at an end that is no multiple: the run may go on."""
+        every = self.config.train.eval_every
+        return bool(self.config.objective.clip_search) and every is not None and step > 0 and step % every == 0
+
+    def _search(self, progress: Progress) -> dict[str, Any]:
+        """Choose the range of times that holds from the next step on, until it is chosen again -> for the record."""
+        objective, settings = self.objective, self.config.train
+        assert isinstance(objective, BlockDiffusion)
+        assert self.side.validation is not None
+        length = self._block_length(progress.step)
+        choice = search_range(
+            self.engine.module,
+            self.side.validation,
+            self.device,
+            objective,
+            block_length=length,
+            num_rows=settings.eval_rows,
+            draws=settings.eval_draws,
+        )
+        position = self.stream.positions(progress.data_pos, 1)
+        held = replace(objective, clip_ranges=progress.clip_ranges).time_ranges(position, length)
+        if (choice.t_min, choice.t_max) != (held[0][0], held[1][0]):
+            new = ClipRange(int(position[0]), length, choice.t_min, choice.t_max)
+            progress.clip_ranges = (*progress.clip_ranges, new)
+        return {"from_position": int(position[0]), "block_length": length, **asdict(choice)}
 
     def _block_length(self, step: int) -> int:
         """The length of the blocks that are trained on after `step` steps; 0 for other objectives."""
@@ -141,6 +172,7 @@ class Callbacks:
             "skipped_steps": progress.skipped_steps,
             "skips_in_a_row": progress.skips_in_a_row,
             "skipped_ranges": [list(pair) for pair in self.stream.skip.ranges],
+            "clip_ranges": [list(chosen) for chosen in progress.clip_ranges],
             "seed": self.config.run.seed,
             "sequence_length": self.source.sequence_length,
             "fingerprints": [source.fingerprint for source in self.stream.sources],

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead
 from dlm_dist.config import BatchPlan, RunConfig
+from dlm_dist.diffusion.block_diffusion import ClipRange
 from dlm_dist.diffusion.model_inputs import on_device
 from dlm_dist.training.batches import RankStep, StepTotals, gather_totals
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
@@ -32,14 +33,17 @@ class Progress:
     skipped_steps: int = 0
     """Steps whose update was left out because loss or gradient was not finite."""
     skips_in_a_row: int = 0
+    clip_ranges: tuple[ClipRange, ...] = ()
+    """What objective.clip_search has chosen so far."""
 
 
 @dataclass(frozen=True)
 class Trainer:
     """Everything a step needs. `log` is None on ranks other than 0.
 
-    The callbacks run between steps on every rank, since they hold collectives: `evaluate(step)` on held-out rows,
-    `sample(step)` for a text, `save(progress)` for a checkpoint, which `writer` may still be writing afterwards.
+    The callbacks run between steps on every rank, since they hold collectives: `evaluate(progress)` on held-out rows,
+    which may add to its `clip_ranges`, `sample(step)` for a text, `save(progress)` for a checkpoint, which `writer` may
+    still be writing afterwards.
     """
 
     config: RunConfig
@@ -55,7 +59,7 @@ class Trainer:
     peak_flops: float
     """FLOP/s of all ranks together, for MFU."""
     log: MetricsLog | None
-    evaluate: Callable[[int], None] | None
+    evaluate: Callable[[Progress], None] | None
     sample: Callable[[int], None] | None
     save: Callable[[Progress], None]
     writer: CheckpointWriter
@@ -71,7 +75,7 @@ class Trainer:
         settings, every = self.config.train, self.config.checkpoint.every
         self.seek(progress)
         # Also at the start: a kill may have come between the checkpoint of this step and its evaluation.
-        self._look(progress.step)
+        self._look(progress)
         while progress.step < self.max_steps:
             self.step(progress)
             if progress.skips_in_a_row >= settings.max_consecutive_skips:
@@ -86,18 +90,22 @@ class Trainer:
                 self.save(progress)
             if progress.step == self.max_steps:
                 self.writer.finish()
-            self._look(progress.step)
+            self._look(progress)
 
     def seek(self, progress: Progress) -> None:
         """Make `progress` the place from which the steps go on."""
         self.engine.train()
         self.read_ahead.seek(progress.data_pos)
 
-    def _look(self, step: int) -> None:
-        """The evaluation and the sample that are due at `step`: the first and the last step are always evaluated."""
-        settings = self.config.train
+    def _look(self, progress: Progress) -> None:
+        """The evaluation and the sample that are due: the first and the last step are always evaluated."""
+        settings, step = self.config.train, progress.step
         if self.evaluate is not None and (step in (0, self.max_steps) or _due(settings.eval_every, step)):
-            self.evaluate(step)
+            before = progress.clip_ranges
+            self.evaluate(progress)
+            if progress.clip_ranges != before:
+                # What was read ahead has times from the old range.
+                self.read_ahead.seek(progress.data_pos)
         if self.sample is not None and step > 0 and _due(settings.sample_every, step):
             self.sample(step)
 

@@ -145,6 +145,11 @@ class MetricsLog:
             + " nats/token"
             + (f"  {record['bits_per_byte']:.4f} bits/byte" if record["bits_per_byte"] is not None else "")
         )
+        if (found := record["clip_search"]) is not None:
+            self.console.line(
+                f"step {record['step']}  times from {found['t_min']:g} to {found['t_max']:g} from here on  variance "
+                f"{found['variance']:.4f}, over all times {found['full_variance']:.4f}"
+            )
         if self._wandb is not None:
             numbers = {key: value for key, value in record.items() if isinstance(value, float)}
             for bucket in record["loss_by_time"] or ():

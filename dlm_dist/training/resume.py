@@ -100,8 +100,17 @@ def leave_other_branches(run_dir: Path, resumed: Resume | None) -> list[str]:
     return found
 
 
-def run_identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
+def run_identity(config: RunConfig, sources: Sequence[Source], validation: Source | None) -> dict[str, Any]:
     """What must not change within a run: change any of it and the same steps would mean other training."""
+    identity = _identity(config, sources)
+    if config.objective.clip_search:
+        # The held-out rows decide what is trained on.
+        identity |= {f"train.{key}": getattr(config.train, key) for key in ("eval_every", "eval_rows", "eval_draws")}
+        identity["data.validation"] = validation.fingerprint if validation is not None else None
+    return identity
+
+
+def _identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     # What decides nothing after the start, and how the same numbers are computed.
     free = ("init_from", "init_revision", "gradient_checkpointing", "wkv7_kernel", "attention_kernel")

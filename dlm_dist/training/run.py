@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from data_pipeline.loader import ReadAhead, SampleStream
 from data_pipeline.source import Source
 from dlm_dist.config import ConfigError, RunConfig, resolve_batch
-from dlm_dist.diffusion.block_diffusion import BlockLengths
+from dlm_dist.diffusion.block_diffusion import BlockDiffusion, BlockLengths, ClipRange
 from dlm_dist.diffusion.mask_noise import WithMaskNoise
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
 from dlm_dist.kernels import wkv7
@@ -66,7 +66,7 @@ def _train(
     notes += [note for source in [*sources, side.validation] if source for note in source.notes]
     if not objective.is_bound:
         notes.append(f"the loss is no bound on the likelihood: {', '.join(objective.not_a_bound())}")
-    identity = run_identity(config, sources)
+    identity = run_identity(config, sources, side.validation)
     if resumed is not None:
         require_same(resumed, identity)
         notes += inexact_notes(resumed, topology(config))
@@ -88,7 +88,13 @@ def _train(
     if resumed is not None:
         checkpoint.load_shards(engine, resumed.path)
         state = resumed.state
-        progress = Progress(state["global_step"], state["data_pos"], state["skipped_steps"], state["skips_in_a_row"])
+        progress = Progress(
+            state["global_step"],
+            state["data_pos"],
+            state["skipped_steps"],
+            state["skips_in_a_row"],
+            tuple(ClipRange(*chosen) for chosen in state.get("clip_ranges", ())),
+        )
         if progress.step >= max_steps:
             notes.append(f"nothing left to do: {resumed.path.name} is at or behind the last step, {max_steps}")
     record = StartRecord(
@@ -111,7 +117,9 @@ def _train(
         log.console.line(record.headline(config))
     size, pin = config.train.global_batch_size, device.type == "cuda"
     read_ahead = ReadAhead(
-        lambda pos: prepare_step(stream.read, objective, stream.positions(pos, size), plan, rank, world, pin),
+        lambda pos: prepare_step(
+            stream.read, _with_choices(objective, progress), stream.positions(pos, size), plan, rank, world, pin
+        ),
         size,
         config.data.read_ahead_steps,
         config.data.loader_threads,
@@ -120,7 +128,8 @@ def _train(
     kept = config.checkpoint.keep_last, config.checkpoint.keep_every
     guard = lease.require if lease is not None else None
     writer = CheckpointWriter(config.run.dir / "checkpoints", *kept, host_group, tell, guard)
-    callbacks = Callbacks(config, engine, device, sources[0], side, stream, identity, writer, log)
+    bare = objective.objective if isinstance(objective, WithMaskNoise) else objective
+    callbacks = Callbacks(config, engine, device, sources[0], bare, side, stream, identity, writer, log)
     trainer = Trainer(
         config=config,
         plan=plan,
@@ -148,6 +157,16 @@ def _train(
         writer.close()
         if log is not None:
             log.close(finished)
+
+
+def _with_choices(objective: Objective, progress: Progress) -> Objective:
+    """The objective with the ranges of times that were chosen so far, each of which holds from a position on."""
+    if not progress.clip_ranges:
+        return objective
+    if isinstance(objective, WithMaskNoise):
+        return replace(objective, objective=_with_choices(objective.objective, progress))
+    assert isinstance(objective, BlockDiffusion)
+    return replace(objective, clip_ranges=progress.clip_ranges)
 
 
 def _total_steps(config: RunConfig, stream: SampleStream) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.rows import Rows
 from dlm_dist import models
-from dlm_dist.diffusion.block_diffusion import BlockDiffusion, BlockLengths
+from dlm_dist.diffusion.block_diffusion import BlockDiffusion, BlockLengths, ClipRange
 from dlm_dist.diffusion.model_inputs import model_inputs
 from dlm_dist.diffusion.objectives import MaskedDiffusion, Vocabulary
 
@@ -101,6 +101,31 @@ def test_clipped_times_are_no_bound() -> None:
     times = blocks((0, 1), t_min=0.3, t_max=0.8).corrupt(rows(64, 16)).times
     assert times.min() >= 0.3
     assert times.max() <= 0.8
+
+
+def test_a_chosen_range_holds_from_its_position_on_for_blocks_of_its_length() -> None:
+    chosen = (ClipRange(20, 4, 0.5, 0.75), ClipRange(30, 8, 0.0, 0.1), ClipRange(60, 4, 0.25, 1.0))
+    objective = blocks((40 * 16, 4), (10 * 16, 8), (0, 4), t_max=0.5, clip_search=True, clip_ranges=chosen)
+    assert objective.not_a_bound() == ["t_max=0.5", "clip_search=True"]
+    batch = objective.corrupt(rows(100, 16))
+    assert batch.block_times is not None
+    for first, end, low, high in (
+        (0, 20, 0, 0.5),
+        (20, 40, 0.5, 0.75),
+        (40, 50, 0, 0.1),
+        (50, 60, 0.5, 0.75),
+        (60, 100, 0.25, 1),
+    ):
+        times = batch.block_times[first:end]
+        assert low <= times.min() < low + 0.2 * (high - low), first
+        assert high >= times.max() > high - 0.2 * (high - low), first
+    parts = [objective.corrupt(rows(n, 16, first)) for first, n in ((0, 25), (25, 40), (65, 35))]
+    for name in ("inputs", "weights", "times", "block_times"):
+        assert np.array_equal(getattr(batch, name), np.concatenate([getattr(part, name) for part in parts])), name
+    # What is not chosen yet is as if there were no search.
+    before = blocks((40 * 16, 4), (10 * 16, 8), (0, 4), t_max=0.5).corrupt(rows(100, 16))
+    assert np.array_equal(batch.inputs[:20], before.inputs[:20])
+    assert not np.array_equal(batch.inputs[20:30], before.inputs[20:30])
 
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -105,6 +105,23 @@ def test_resume_of_causal_language_modelling_is_exact(stage, backbone, data, tmp
         assert killed == reference
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "backbone"), [(2, "qwen3"), (3, "rwkv7")])
+def test_resume_of_a_run_that_chooses_its_times_is_exact(stage, backbone, data, tmp_path):
+    """Killed before and behind choices, which lie between checkpoints as well as on them."""
+
+    def settings(run):
+        changes = {"zero__stage": stage, "model__direction": "bidirectional", "optimizer__lr": 1e-2}
+        changes |= {"objective__name": "block", "objective__block_lengths": "[[0,4]]", "objective__clip_search": True}
+        changes |= {"data__validation": data / "validation", "train__eval_every": 2, "train__eval_rows": 5}
+        return runs.overrides(data, run, backbone, **changes)
+
+    kill_twice_and_compare(settings, tmp_path, ranks=2)
+    killed, reference = ((tmp_path / run / "evaluations.jsonl").read_text() for run in ("killed", "reference"))
+    assert killed == reference
+    assert load_trainer_state(tmp_path / "reference" / "checkpoints" / "step-12")["clip_ranges"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "lion8bit"])
