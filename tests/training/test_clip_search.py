@@ -13,6 +13,7 @@ import torch
 from data_pipeline.loader import SampleStream
 from dlm_dist.config import ConfigError, RunConfig, load_config, resolve_batch
 from dlm_dist.diffusion.block_diffusion import ClipRange
+from dlm_dist.diffusion.mask_noise import WithMaskNoise
 from dlm_dist.training.batches import gather_totals, prepare_step
 from dlm_dist.training.run import make_objective, train
 from dlm_dist.training.sources import open_sources
@@ -33,6 +34,7 @@ def config(folder: Path, run: Path, *changes: str) -> RunConfig:
         "objective.name=block",
         "objective.block_lengths=[[1280, 8], [0, 4]]",
         "objective.clip_search=true",
+        "objective.mask_noise=[0.1, 1000]",
         f"train.max_steps={STEPS}",
         f"train.global_batch_size={BATCH}",
         "train.micro_batch_size=4",
@@ -55,7 +57,9 @@ def noise_of(settings: RunConfig, ranges: tuple[ClipRange, ...]) -> list[str]:
     """noise_sha256 of every step, from the configuration and the choices alone."""
     source = open_sources(settings)[0]
     stream = SampleStream([source], [1.0], settings.run.seed)
-    objective = replace(make_objective(settings, source), clip_ranges=ranges)
+    made = make_objective(settings, source)
+    assert isinstance(made, WithMaskNoise)
+    objective = replace(made.objective, clip_ranges=ranges)
     plan = resolve_batch(settings.train, 1)
     steps = (stream.positions(step * BATCH, BATCH) for step in range(STEPS))
     prepared = (prepare_step(stream.read, objective, at, plan, 0, 1) for at in steps)
