@@ -34,7 +34,8 @@ def config(folder: Path, run: Path, *changes: str) -> RunConfig:
         "objective.name=block",
         "objective.block_lengths=[[1280, 8], [0, 4]]",
         "objective.clip_search=true",
-        "objective.mask_noise=[0.1, 1000]",
+        "objective.mask_noise_std=0.1",
+        "objective.mask_noise_samples=1000",
         f"train.max_steps={STEPS}",
         f"train.global_batch_size={BATCH}",
         "train.micro_batch_size=4",
@@ -59,7 +60,7 @@ def noise_of(settings: RunConfig, ranges: tuple[ClipRange, ...]) -> list[str]:
     stream = SampleStream([source], [1.0], settings.run.seed)
     made = make_objective(settings, source)
     assert isinstance(made, WithMaskNoise)
-    objective = replace(made.objective, clip_ranges=ranges)
+    objective = replace(made, objective=replace(made.objective, clip_ranges=ranges))
     plan = resolve_batch(settings.train, 1)
     steps = (stream.positions(step * BATCH, BATCH) for step in range(STEPS))
     prepared = (prepare_step(stream.read, objective, at, plan, 0, 1) for at in steps)
