@@ -221,10 +221,15 @@ class TrainerSystem:
     """The trainer's loop, one iteration at a time; evaluation, samples and checkpoints never fall due."""
 
     def __init__(self, config: RunConfig, model: Any, data: Data, device: torch.device, peak: float) -> None:
+        from dlm_dist.training.checkpoint_writer import CheckpointWriter
         from dlm_dist.training.engine import build_engine
-        from dlm_dist.training.loop import Progress, Trainer
+        from dlm_dist.training.guards import Guards
+        from dlm_dist.training.loop import Trainer
         from dlm_dist.training.metrics import MetricsLog
+        from dlm_dist.training.phases import PhaseClock
+        from dlm_dist.training.progress import Progress
         from dlm_dist.training.starting_model import whole_parts
+        from dlm_dist.training.stop_requests import StopRequest
 
         plan = resolve_batch(config.train, 1)
         engine, _ = build_engine(model, config, plan, whole_parts(model))
@@ -249,6 +254,12 @@ class TrainerSystem:
             evaluate=None,
             sample=None,
             save=lambda progress: None,
+            writer=CheckpointWriter(config.run.dir / "checkpoints"),
+            alarm=lambda: None,
+            restore=Progress,
+            guards=Guards(),
+            stop=StopRequest(None),
+            clock=PhaseClock(device),
         )
         self._progress = Progress()
         self._trainer.seek(self._progress)

@@ -137,9 +137,8 @@ class TrainSection(Section):
         default=None, description="steps between text samples printed during training; null = none"
     )
     sample_prompt: str = Field(default="", description="text that the samples of sample_every continue")
-    max_consecutive_skips: Positive = Field(
-        default=10,
-        description="steps in a row with a loss or gradient that is not finite before the run stops",
+    max_hours: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None, description="hours after which this start saves and ends; --resume auto goes on; null = no limit"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         default="auto", description="auto: CUDA where there is one, else CPU"
@@ -263,6 +262,33 @@ class CheckpointSection(Section):
             yield about("checkpoint.keep_every", self.keep_every, expected)
 
 
+class GuardsSection(Section):
+    """When a step is not believed, and when a run gives up."""
+
+    max_consecutive_skips: Positive = Field(
+        default=10, description="steps skipped in a row (not finite, or a spike) before the run stops"
+    )
+    loss_spike: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="skip a step whose loss lies this many robust standard deviations above the median of the window; "
+        "null = never",
+    )
+    grad_norm_spike: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=None,
+        description="go back to the last checkpoint and leave out the step whose gradient norm lies this many robust "
+        "standard deviations above the median of the window; null = never",
+    )
+    window: Annotated[Whole, Field(ge=16)] = Field(
+        default=128, description="accepted steps that a spike is measured against (steps)"
+    )
+    max_rollbacks: Positive = Field(default=3, description="rollbacks to the same checkpoint before the run stops")
+    hang_minutes: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=60.0,
+        description="minutes that a rank may spend in one phase (forward, backward, save, evaluation ...) before its "
+        "watchdog says who holds it up and ends it; null = for ever",
+    )
+
+
 class LoggingSection(Section):
     """Who hears of the run."""
 
@@ -324,6 +350,7 @@ class RunConfig(Section):
         description="raw DeepSpeed configuration, merged last; keys that this tree owns are refused",
     )
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="what is kept")
+    guards: GuardsSection = Field(default_factory=GuardsSection, description="what is not believed")
     logging: LoggingSection = Field(default_factory=LoggingSection, description="who hears of it")
     strict: bool = Field(default=False, description="a fallback (a missing library or kernel) is an error")
 

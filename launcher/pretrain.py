@@ -14,6 +14,7 @@ from pathlib import Path
 
 USER_ERROR = 2
 INTERRUPTED = 130
+STOPPED_EARLY = 75  # EX_TEMPFAIL: saved, and to be gone on with
 # What gloo says to a rank whose neighbour is gone.
 _LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -33,12 +34,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Run; 0 only when the last step was reached."""
+    """Run; 0 only when the last step was reached, STOPPED_EARLY where it was asked to end and has saved."""
     options = parse_arguments(arguments)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    from dlm_dist.training.errors import StoppedEarlyError
+
     try:
         _run(options)
+    except StoppedEarlyError as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pretrain: {end}", file=sys.stderr, flush=True)
+        return STOPPED_EARLY
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:

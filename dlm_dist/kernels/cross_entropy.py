@@ -131,6 +131,8 @@ class _BlockedCrossEntropy(torch.autograd.Function):
             grad_hidden, grad_weight = gradients(
                 operand, weight, targets, statistics.lse, form, ctx.block_size, wants_hidden, wants_weight
             )
+            if grad_weight is not None and not len(targets):
+                grad_weight = grad_weight + 0.0 * grad_total  # without rows too, NaN gives NaN
             grad_weights = (rows * grad_total).to(weights.dtype) if wants_weights else None
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(ctx.hidden_dtype)

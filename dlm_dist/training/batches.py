@@ -31,6 +31,8 @@ class RankStep:
     unknown)."""
     digests: NDArray[np.uint8]
     """[2, rows of this rank, 32] SHA-256 of each row's tokens, and of its mask, inputs, time and length."""
+    span: tuple[int, int]
+    """First sample position of the whole step and one past its last."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def prepare_step(
         micro_batches=[host_inputs(batch, pin) for batch in batches],
         counts=_counts(batches),
         digests=np.concatenate([_digests(batch) for batch in batches], axis=1),
+        span=(int(positions[0]), int(positions[-1]) + 1),
     )
 
 

@@ -18,10 +18,12 @@ from dlm_dist.evaluation.clip_search import search_range
 from dlm_dist.generation.autoregressive import continue_text
 from dlm_dist.generation.blocks import generate_blocks
 from dlm_dist.generation.samplers import generate, ids_without_text, until_the_end
+from dlm_dist.training import checkpoint
+from dlm_dist.training.checkpoint_files import load_trainer_state
 from dlm_dist.training.checkpoint_snapshot import take_snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
-from dlm_dist.training.loop import Progress
 from dlm_dist.training.metrics import MetricsLog
+from dlm_dist.training.progress import Progress
 from dlm_dist.training.records import versions
 from dlm_dist.training.resume import topology
 from dlm_dist.training.sources import open_validation
@@ -162,17 +164,21 @@ class Callbacks:
         if not asynchronous:
             self.writer.finish()
 
+    def restore(self) -> Progress:
+        """Put the newest checkpoint back into the engine -> where it stands."""
+        self.writer.finish()
+        path, _ = checkpoint.find_resumable(self.config.run.dir / "checkpoints", "auto")
+        assert path is not None, "a run that may roll back saves its start"
+        checkpoint.put_back(self.engine, path)
+        return Progress.from_state(load_trainer_state(path))
+
     def _trainer_state(self, progress: Progress) -> dict[str, Any]:
         size = self.config.train.global_batch_size
         return {
             "epoch": progress.data_pos // self.stream.epoch_length,
             "epoch_batch": progress.data_pos % self.stream.epoch_length // size,
-            "global_step": progress.step,
-            "data_pos": progress.data_pos,
-            "skipped_steps": progress.skipped_steps,
-            "skips_in_a_row": progress.skips_in_a_row,
+            **progress.as_state(),
             "skipped_ranges": [list(pair) for pair in self.stream.skip.ranges],
-            "clip_ranges": [list(chosen) for chosen in progress.clip_ranges],
             "seed": self.config.run.seed,
             "sequence_length": self.source.sequence_length,
             "fingerprints": [source.fingerprint for source in self.stream.sources],

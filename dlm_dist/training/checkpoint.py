@@ -79,6 +79,32 @@ def find_resumable(folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
 # --- loading ---------------------------------------------------------------------------------------------------
 
 
+def put_back(engine: Any, path: Path) -> None:
+    """Make an engine that has trained on stand where the verified checkpoint `path` of its own layout was written.
+
+    Collective: every rank must call.
+    """
+    _put_back_weights(engine, path)
+    zero_state.clear_optimizer_state(engine)
+    load_shards(engine, path)
+
+
+@torch.no_grad()
+def _put_back_weights(engine: Any, path: Path) -> None:
+    """The weights of model/; buffers are constants of the model. Collective."""
+    import deepspeed
+
+    model = engine.module
+    index = path / "model" / "model.safetensors.index.json"
+    file_of = json.loads(index.read_bytes())["weight_map"] if index.exists() else {}
+    for name, parameter in model.named_parameters():
+        partitioned = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned):
+            if dist.get_rank() == 0 or not partitioned:
+                with safe_open(path / "model" / file_of.get(name, "model.safetensors"), framework="pt") as tensors:
+                    parameter.copy_(tensors.get_tensor(name))
+
+
 @torch.no_grad()
 def load_shards(engine: Any, path: Path) -> None:
     """Put masters and optimizer states of a verified checkpoint back where they were.

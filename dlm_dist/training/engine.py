@@ -77,7 +77,7 @@ def build_engine(
         model=model, optimizer=optimizer, config=deepspeed_config(config, plan), dist_init_required=False
     )
     zero_speed.leave_out_repeated_work(engine)
-    zero_state.forget_hidden_step(engine)
+    zero_state.clear_optimizer_state(engine)
     if config.train.precision != "fp32":
         zero_state.write_masters(engine, unrounded)
     return engine, table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,29 +13,28 @@ import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead
 from dlm_dist.config import BatchPlan, RunConfig
-from dlm_dist.diffusion.block_diffusion import ClipRange
 from dlm_dist.diffusion.model_inputs import on_device
 from dlm_dist.training.batches import RankStep, StepTotals, gather_totals
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.engine import gradient_norm, set_learning_rate
-from dlm_dist.training.errors import TrainingStoppedError
+from dlm_dist.training.errors import StoppedEarlyError, TrainingStoppedError
+from dlm_dist.training.guards import Guards
 from dlm_dist.training.lr_schedules import Course, lr_factor
-from dlm_dist.training.metrics import MetricsLog, Stopwatch
+from dlm_dist.training.metrics import MetricsLog
+from dlm_dist.training.phases import PhaseClock
+from dlm_dist.training.progress import Progress
+from dlm_dist.training.stop_requests import StopRequest
 
 
-@dataclass
-class Progress:
-    """Where the run stands: everything that changes from step to step besides the tensors."""
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks agreed on before the last backward pass of a step."""
 
-    step: int = 0
-    """Completed optimizer steps, skipped ones included."""
-    data_pos: int = 0
-    """Samples of completed steps."""
-    skipped_steps: int = 0
-    """Steps whose update was left out because loss or gradient was not finite."""
-    skips_in_a_row: int = 0
-    clip_ranges: tuple[ClipRange, ...] = ()
-    """What objective.clip_search has chosen so far."""
+    loss: float
+    refused: str | None
+    """Why the step must not update the weights."""
+    stop_wanted: bool
+    """Some rank was asked to end the run."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Trainer:
 
     The callbacks run between steps on every rank, since they hold collectives: `evaluate(progress)` on held-out rows,
     which may add to its `clip_ranges`, `sample(step)` for a text, `save(progress)` for a checkpoint, which `writer` may
-    still be writing afterwards.
+    still be writing afterwards, `restore()` to go back to the newest one.
     """
 
     config: RunConfig
@@ -65,31 +65,41 @@ class Trainer:
     writer: CheckpointWriter
     alarm: Callable[[], str | None]
     """Why this rank wants the run to end before its next step; None: it does not."""
+    restore: Callable[[], Progress]
+    """Puts the newest checkpoint back into the engine."""
+    guards: Guards
+    stop: StopRequest
+    clock: PhaseClock
 
     def run(self, progress: Progress) -> None:
         """Train from `progress` to the last step. Collective: every rank must call.
 
-        Raises TrainingStoppedError after train.max_consecutive_skips skipped steps in a row, CheckpointError where a
-        checkpoint could not be written.
+        Raises TrainingStoppedError where the guards give up, StoppedEarlyError where the run was asked to end,
+        CheckpointError where a checkpoint could not be written.
         """
-        settings, every = self.config.train, self.config.checkpoint.every
         self.seek(progress)
+        if progress.step == 0 and self.guards.grad_norm_spike is not None:
+            self.save(progress)  # a rollback needs somewhere to go
         # Also at the start: a kill may have come between the checkpoint of this step and its evaluation.
         self._look(progress)
         while progress.step < self.max_steps:
-            self.step(progress)
-            if progress.skips_in_a_row >= settings.max_consecutive_skips:
-                self.writer.finish()
-                raise TrainingStoppedError(
-                    f"{progress.skips_in_a_row} steps in a row had a loss or gradient that is not finite, the last "
-                    f"at data_pos {progress.data_pos}; resume from a checkpoint with a lower optimizer.lr, or "
-                    "leave these positions out with data.skip"
-                )
+            stop_wanted, spike = self.step(progress)
+            if spike is not None:
+                self._roll_back(progress, spike)
+                continue
+            self._give_up_after_many_skips(progress)
+            finished = progress.step == self.max_steps
             # Saved first: nothing that goes wrong while evaluating costs the steps before it.
-            if progress.step == self.max_steps or _due(every, progress.step):
-                self.save(progress)
-            if progress.step == self.max_steps:
-                self.writer.finish()
+            with self.clock.during("save"):
+                if finished or stop_wanted or _due(self.config.checkpoint.every, progress.step):
+                    self.save(progress)
+                if finished or stop_wanted:
+                    self.writer.finish()
+            if stop_wanted and not finished:
+                raise StoppedEarlyError(
+                    f"stopped behind step {progress.step} of {self.max_steps}, which is saved: "
+                    f"{self._who_said(self.stop.reason)}; go on with --resume auto"
+                )
             self._look(progress)
 
     def seek(self, progress: Progress) -> None:
@@ -100,47 +110,51 @@ class Trainer:
     def _look(self, progress: Progress) -> None:
         """The evaluation and the sample that are due: the first and the last step are always evaluated."""
         settings, step = self.config.train, progress.step
-        if self.evaluate is not None and (step in (0, self.max_steps) or _due(settings.eval_every, step)):
-            before = progress.clip_ranges
-            self.evaluate(progress)
-            if progress.clip_ranges != before:
-                # What was read ahead has times from the old range.
-                self.read_ahead.seek(progress.data_pos)
-        if self.sample is not None and step > 0 and _due(settings.sample_every, step):
-            self.sample(step)
+        with self.clock.during("evaluation"):
+            if self.evaluate is not None and (step in (0, self.max_steps) or _due(settings.eval_every, step)):
+                before = progress.clip_ranges
+                self.evaluate(progress)
+                if progress.clip_ranges != before:
+                    # What was read ahead has times from the old range.
+                    self.read_ahead.seek(progress.data_pos)
+            if self.sample is not None and step > 0 and _due(settings.sample_every, step):
+                self.sample(step)
 
-    def step(self, progress: Progress) -> None:
-        """One optimizer step, recorded; moves `progress`. Collective: every rank must call."""
+    def step(self, progress: Progress) -> tuple[bool, str | None]:
+        """One optimizer step, recorded; moves `progress` -> (a stop is wanted, why the step must be taken back).
+
+        Collective: every rank must call.
+        """
         started = time.perf_counter()
-        with Stopwatch() as waited:
-            batch = self.read_ahead.next()
+        self.clock.enter("data")
+        batch = self.read_ahead.next()
+        self.clock.enter("other")
         alarm = self.alarm()
         totals = gather_totals(batch, self.host_group, self.writer.ready(), alarm is not None)
         if totals.any_alarm:
-            raise TrainingStoppedError(self._first_told(alarm))
+            raise TrainingStoppedError(self._who_said(alarm))
         if totals.all_ready:
-            self.writer.advance()
+            with self.clock.during("save"):
+                self.writer.advance()
         lr = self._learning_rate(progress.step)
         set_learning_rate(self.engine, lr)
-        loss = self._train_step(batch, totals)
-        self._advance(progress)
+        verdict = self._train_step(batch, totals, progress)
+        norm = gradient_norm(self.engine)
+        reason, spike = self._judge(verdict, norm, progress)
+        self._advance(progress, reason)
+        phases = self.clock.take()
         if self.log is not None:
             seconds = time.perf_counter() - started
-            self.log.step(self._record(progress, totals, loss, lr, seconds, waited.seconds))
-
-    def _first_told(self, alarm: str | None) -> str:
-        """The alarm of the first rank that has one. Collective."""
-        alarms: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(alarms, alarm, group=self.host_group)
-        return next(text for text in alarms if text is not None)
+            self.log.step(self._record(progress, totals, verdict.loss, norm, lr, seconds, phases, reason, batch.span))
+        return verdict.stop_wanted, spike
 
     def _learning_rate(self, step: int) -> float:
         settings = self.config.optimizer
         course = Course(self.max_steps, settings.warmup_steps, settings.min_lr_ratio, settings.decay_steps)
         return settings.lr * lr_factor(settings.schedule, step, course)
 
-    def _train_step(self, batch: RankStep, totals: StepTotals) -> float:
-        """Forward and backward over the micro-batches, one update -> loss over all ranks. Collective.
+    def _train_step(self, batch: RankStep, totals: StepTotals, progress: Progress) -> Verdict:
+        """Forward and backward over the micro-batches, one update unless it is refused. Collective.
 
         DeepSpeed averages gradients over ranks, so each micro-batch's sum is scaled by ranks / denominator: the
         gradient is then exactly that of the global sum over the global denominator. L2Wrap is a mean over the rows
@@ -152,24 +166,100 @@ class Trainer:
         if l2wrap:
             extra["l2wrap"] = l2wrap * totals.denominator / max(1, totals.supervised)
         total = torch.zeros((), device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
-        for micro_batch in batch.micro_batches:
+        verdict = None
+        for number, micro_batch in enumerate(batch.micro_batches, 1):
+            self.clock.enter("forward")
             loss_sum = self.engine(**on_device(micro_batch, self.device), **extra)
-            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
-            self.engine.step()
             total += loss_sum.detach()
-        total = total.cpu()
-        dist.all_reduce(total, group=self.host_group)
-        return total.item() / totals.denominator
+            if number == len(batch.micro_batches):
+                verdict = self._agree(total, totals, progress)
+                if verdict.refused is not None:
+                    # Every wrapper leaves out an update whose gradient is not finite, and cleans up behind it.
+                    scale = math.nan
+            self.clock.enter("backward")
+            self.engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            self.clock.enter("optimizer")
+            self.engine.step()
+        self.clock.enter("other")
+        assert verdict is not None
+        return verdict
 
-    def _advance(self, progress: Progress) -> None:
-        applied = self.engine.was_step_applied()
+    def _agree(self, total: torch.Tensor, totals: StepTotals, progress: Progress) -> Verdict:
+        """The loss over all ranks, and what follows from it before the last backward. Collective."""
+        numbers = torch.tensor([total.item(), float(self.stop.reason is not None)], dtype=torch.float64)
+        dist.all_reduce(numbers, group=self.host_group)
+        loss = numbers[0].item() / totals.denominator
+        return Verdict(loss, self.guards.refuses_loss(loss, progress), bool(numbers[1]))
+
+    def _judge(self, verdict: Verdict, norm: float, progress: Progress) -> tuple[str | None, str | None]:
+        """-> (why the update was left out, why an update that was made must be taken back). Collective."""
+        if verdict.refused is not None:
+            assert not self.engine.was_step_applied(), "a refused step has updated the weights"
+            return verdict.refused, None
+        if not self.engine.was_step_applied():
+            return "the gradient is not finite", None
+        spike = self.guards.refuses_norm(norm, progress)
+        if self.guards.grad_norm_spike is not None:
+            # The norm is a sum over all ranks, but no wrapper promises the same bits on each of them.
+            found = torch.tensor(float(spike is not None))
+            dist.all_reduce(found, group=self.host_group)
+            if found and spike is None:
+                spike = f"the gradient norm, {norm:.4g}, is a spike on another rank"
+        if spike is None:
+            self.guards.remember(verdict.loss, norm, progress)
+        return None, spike
+
+    def _advance(self, progress: Progress, skipped: str | None) -> None:
         progress.step += 1
         progress.data_pos += self.plan.global_batch_size
-        progress.skips_in_a_row = 0 if applied else progress.skips_in_a_row + 1
-        progress.skipped_steps += not applied
+        progress.skips_in_a_row = 0 if skipped is None else progress.skips_in_a_row + 1
+        progress.skipped_steps += skipped is not None
+
+    def _give_up_after_many_skips(self, progress: Progress) -> None:
+        if progress.skips_in_a_row >= self.config.guards.max_consecutive_skips:
+            self.writer.finish()
+            raise TrainingStoppedError(
+                f"{progress.skips_in_a_row} steps in a row were skipped: loss or gradient was not finite, or a spike. "
+                f"The last was at data_pos {progress.data_pos}: resume from a checkpoint with a lower optimizer.lr, "
+                "or leave these positions out with data.skip"
+            )
+
+    def _roll_back(self, progress: Progress, spike: str) -> None:
+        """Go back to the newest checkpoint, and on from there without the step that has just ended. Collective."""
+        condemned = progress.condemned | {progress.step: f"{spike}: left out after a rollback"}
+        rollbacks = progress.rollbacks + 1
+        saved = self.restore()
+        if rollbacks - saved.rollbacks > self.config.guards.max_rollbacks:
+            raise TrainingStoppedError(
+                f"{rollbacks - saved.rollbacks} rollbacks to step {saved.step} without reaching the next checkpoint, "
+                f"the last since {spike} in step {progress.step}: resume from an earlier checkpoint with a lower "
+                "optimizer.lr, or raise guards.grad_norm_spike"
+            )
+        if self.log is not None:
+            self.log.rolled_back(progress.step, saved.step, spike)
+        vars(progress).update(vars(saved))
+        progress.condemned = {step: why for step, why in condemned.items() if step > progress.step}
+        progress.rollbacks = rollbacks
+        self.seek(progress)
+        self._look(progress)
+
+    def _who_said(self, mine: str | None) -> str:
+        """What the ranks have to say, and which of them says it. Collective."""
+        said: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, mine, group=self.host_group)
+        return ", ".join(f"{text} (rank {rank})" for rank, text in enumerate(said) if text is not None)
 
     def _record(
-        self, progress: Progress, totals: StepTotals, loss: float, lr: float, seconds: float, waited: float
+        self,
+        progress: Progress,
+        totals: StepTotals,
+        loss: float,
+        norm: float,
+        lr: float,
+        seconds: float,
+        phases: Mapping[str, float],
+        skipped: str | None,
+        span: tuple[int, int],
     ) -> dict[str, Any]:
         """One line of metrics.jsonl (docs/resume.md)."""
         nats = loss * totals.denominator
@@ -180,14 +270,19 @@ class Trainer:
             "bits_per_byte": nats / 0.6931471805599453 / totals.text_bytes
             if self.is_bound and totals.text_bytes
             else None,
-            "grad_norm": gradient_norm(self.engine),
+            "grad_norm": norm,
             "lr": lr,
             "tokens_per_second": totals.denominator / seconds,
             "mfu": self._flops(totals) / seconds / self.peak_flops,
             "data_pos": progress.data_pos,
-            "skipped": progress.skips_in_a_row > 0,
+            "skipped": skipped is not None,
+            "skip_reason": skipped,
+            "positions": list(span),
+            "skipped_steps": progress.skipped_steps,
+            "rollbacks": progress.rollbacks,
             "step_seconds": seconds,
-            "data_wait_seconds": waited,
+            "data_wait_seconds": phases["data"],
+            **{f"{name}_seconds": phases[name] for name in ("forward", "backward", "optimizer", "save", "evaluation")},
             "rows_sha256": totals.rows_sha256,
             "noise_sha256": totals.noise_sha256,
         }

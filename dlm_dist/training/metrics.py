@@ -78,12 +78,19 @@ class Console:
             f"{record['tokens_per_second']:,.0f} tok/s"
         )
         if record["skipped"]:
-            text += "  (skipped: loss or gradient not finite)"
+            first, stop = record["positions"]
+            text += f"  (skipped: {record['skip_reason']}; data positions {first} to {stop - 1})"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(1)
         elif record["step"] % self._every == 0 or record["skipped"]:
             self.line(f"step {record['step']}/{self._total}  {text}")
+
+    def rewind(self, step: int) -> None:
+        """Go on from `step`."""
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
@@ -110,16 +117,20 @@ class MetricsLog:
         wandb_settings: Mapping[str, Any] | None,
     ) -> None:
         self._files = {kind: JsonLines(run_dir / f"{kind}.jsonl") for kind in ("metrics", "evaluations", "samples")}
-        # The step of the checkpoint itself is recorded already; its evaluation and sample are made again.
-        for kind, file in self._files.items():
-            file.rewind(start_step + 1 if kind == "metrics" else start_step)
+        self._rewind(start_step)
         self.console = Console(start_step, max_steps, every)
         self._every = every
+        self._logged = 0  # wandb takes no step twice
         self._wandb = None
         if wandb_settings is not None:
             import wandb
 
             self._wandb = wandb.init(**wandb_settings)
+
+    def _rewind(self, step: int) -> None:
+        """Go on behind `step`, which itself is recorded already; its evaluation and sample are made again."""
+        for kind, file in self._files.items():
+            file.rewind(step + 1 if kind == "metrics" else step)
 
     @property
     def wandb_id(self) -> str | None:
@@ -130,9 +141,16 @@ class MetricsLog:
         """One optimizer step."""
         self._files["metrics"].write(record)
         self.console.step(record)
-        if self._wandb is not None and record["step"] % self._every == 0:
+        if self._wandb is not None and record["step"] % self._every == 0 and record["step"] > self._logged:
+            self._logged = record["step"]
             numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
             self._wandb.log(numbers, step=record["step"])
+
+    def rolled_back(self, step: int, to_step: int, why: str) -> None:
+        """Lines after `to_step` are replaced: the run goes on from there."""
+        self._rewind(to_step)
+        self.console.rewind(to_step)
+        self.console.line(f"step {step}  {why}: back to the checkpoint of step {to_step}, and on without step {step}")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """One evaluation on held-out rows."""

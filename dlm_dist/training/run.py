@@ -12,7 +12,7 @@ import torch.distributed as dist
 from data_pipeline.loader import ReadAhead, SampleStream
 from data_pipeline.source import Source
 from dlm_dist.config import ConfigError, RunConfig, resolve_batch
-from dlm_dist.diffusion.block_diffusion import BlockDiffusion, BlockLengths, ClipRange
+from dlm_dist.diffusion.block_diffusion import BlockDiffusion, BlockLengths
 from dlm_dist.diffusion.mask_noise import WithMaskNoise
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
 from dlm_dist.kernels import wkv7
@@ -23,8 +23,11 @@ from dlm_dist.training.batches import prepare_step
 from dlm_dist.training.callbacks import Callbacks, SideInputs
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.engine import build_engine
-from dlm_dist.training.loop import Progress, Trainer
+from dlm_dist.training.guards import Guards
+from dlm_dist.training.loop import Trainer
 from dlm_dist.training.metrics import MetricsLog, measured_peak_flops
+from dlm_dist.training.phases import PhaseClock
+from dlm_dist.training.progress import Progress
 from dlm_dist.training.records import StartRecord
 from dlm_dist.training.resume import (
     Resume,
@@ -39,6 +42,8 @@ from dlm_dist.training.resume import (
 )
 from dlm_dist.training.sources import open_sources
 from dlm_dist.training.starting_model import mask_notes, resolve_sizes, starting_model
+from dlm_dist.training.stop_requests import StopRequest
+from dlm_dist.training.watchdog import Watchdog
 
 
 def train(config: RunConfig, device: torch.device, resume: str | None, command: Sequence[str]) -> None:
@@ -87,14 +92,7 @@ def _train(
     progress = Progress()
     if resumed is not None:
         checkpoint.load_shards(engine, resumed.path)
-        state = resumed.state
-        progress = Progress(
-            state["global_step"],
-            state["data_pos"],
-            state["skipped_steps"],
-            state["skips_in_a_row"],
-            tuple(ClipRange(*chosen) for chosen in state.get("clip_ranges", ())),
-        )
+        progress = Progress.from_state(resumed.state)
         if progress.step >= max_steps:
             notes.append(f"nothing left to do: {resumed.path.name} is at or behind the last step, {max_steps}")
     record = StartRecord(
@@ -130,6 +128,10 @@ def _train(
     writer = CheckpointWriter(config.run.dir / "checkpoints", *kept, host_group, tell, guard)
     bare = objective.objective if isinstance(objective, WithMaskNoise) else objective
     callbacks = Callbacks(config, engine, device, sources[0], bare, side, stream, identity, writer, log)
+    guards = config.guards
+    stop, clock = StopRequest(config.train.max_hours), PhaseClock(device)
+    hang_seconds = 60.0 * guards.hang_minutes if guards.hang_minutes is not None else None
+    watchdog = Watchdog(config.run.dir / "heartbeats", rank, clock, lambda: progress.step, hang_seconds)
     trainer = Trainer(
         config=config,
         plan=plan,
@@ -147,10 +149,15 @@ def _train(
         save=callbacks.save,
         writer=writer,
         alarm=lambda: lease.lost if lease is not None else None,
+        restore=callbacks.restore,
+        guards=Guards(guards.loss_spike, guards.grad_norm_spike, guards.window),
+        stop=stop,
+        clock=clock,
     )
     finished = False
     try:
-        trainer.run(progress)
+        with stop, watchdog:
+            trainer.run(progress)
         finished = True
     finally:
         read_ahead.close()

@@ -132,12 +132,12 @@ def write_masters(engine: Any, values: Mapping[str, Part]) -> None:
             shard.flat[piece.offset : piece.offset + piece.numel].copy_(source)
 
 
-def forget_hidden_step(engine: Any) -> None:
-    """Undo the step that bf16 stage 0 makes on zero gradients while it initialises.
+def clear_optimizer_state(engine: Any) -> None:
+    """Forget all optimizer states, as if no step had been made.
 
-    FP16_UnfusedOptimizer steps once to allocate its states: the step count is then one too high and weight
-    decay has been applied. Build the optimizer with every lr = 0 (so the masters do not move), call this after
-    `initialize`, then set the learning rates.
+    Also undoes the step that bf16 stage 0 makes on zero gradients while it initialises: FP16_UnfusedOptimizer steps
+    once to allocate its states, so the step count is one too high and weight decay has been applied. Build the
+    optimizer with every lr = 0 (so the masters do not move), call this after `initialize`, then set the rates.
     """
     base_optimizer(engine).state.clear()
 

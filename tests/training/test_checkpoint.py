@@ -52,6 +52,22 @@ def test_a_loaded_engine_goes_on_to_the_bit(stage, precision, optimizer, tmp_pat
         assert torch.equal(one.flat, other.flat)
 
 
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_an_engine_that_went_on_is_put_back_to_the_bit(stage, precision, tmp_path):
+    """Also to its start, where the optimizer had no state yet."""
+    engine, _ = tiny_engine(f"zero.stage={stage}", f"train.precision={precision}", "optimizer.name=adamw8bit")
+    start = save(engine, tmp_path, step=0)
+    first = run_steps(engine, 0, 2)
+    second = save(engine, tmp_path, step=2)
+    expected = run_steps(engine, 2, 3)
+    checkpoint.put_back(engine, second)
+    assert run_steps(engine, 2, 3) == expected
+    checkpoint.put_back(engine, start)
+    assert run_steps(engine, 0, 2) == first
+    assert run_steps(engine, 2, 3) == expected
+
+
 def test_several_stage_3_sub_groups(tmp_path):
     settings = ("zero.stage=3", "optimizer.name=adamw8bit", "deepspeed.zero_optimization.sub_group_size=2000")
     engine, _ = tiny_engine(*settings)

@@ -8,7 +8,11 @@ import torch
 
 from dlm_dist.config import resolve_batch
 from dlm_dist.training.batches import RankStep, StepTotals
+from dlm_dist.training.guards import Guards
 from dlm_dist.training.loop import Trainer
+from dlm_dist.training.phases import PhaseClock
+from dlm_dist.training.progress import Progress
+from dlm_dist.training.stop_requests import StopRequest
 from tests.training.conftest import micro_batch, tiny_config, tiny_model
 
 
@@ -47,6 +51,10 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0):
         save=None,
         writer=None,
         alarm=lambda: None,
+        restore=None,
+        guards=Guards(),
+        stop=StopRequest(None),
+        clock=PhaseClock(torch.device("cpu")),
     )
     micro_batches = []
     for number, count in enumerate(scored):
@@ -55,8 +63,8 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0):
         batch["weights"] = batch["weights"] * scale_of_weights
         micro_batches.append(batch)
     totals = StepTotals(16 * len(scored), sum(scored), 16 * len(scored), None, "", "", False, False)
-    step = RankStep(micro_batches, np.zeros(4, dtype=np.int64), np.zeros((2, 4, 32), dtype=np.uint8))
-    loss = trainer._train_step(step, totals)
+    step = RankStep(micro_batches, np.zeros(4, dtype=np.int64), np.zeros((2, 4, 32), dtype=np.uint8), (0, 4))
+    loss = trainer._train_step(step, totals, Progress()).loss
     return loss, {name: parameter.grad for name, parameter in engine.module.named_parameters()}, engine.calls[0]
 
 

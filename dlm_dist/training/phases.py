@@ -1,0 +1,59 @@
+"""What this rank is doing and for how long: the split of a step's time, and what a watchdog looks at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+PHASES = ("data", "forward", "backward", "optimizer", "save", "evaluation", "other")
+
+
+class PhaseClock:
+    """Seconds by phase since the last `take`. On CUDA they are the device's, between events on its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.name = "other"
+        self.since = time.monotonic()
+        """When the present phase began, on the monotonic clock."""
+        self._marks: list[tuple[str, float, torch.cuda.Event | None]] = [self._mark("other")]
+
+    def enter(self, name: str) -> None:
+        """End the present phase and begin `name`."""
+        assert name in PHASES, name
+        self._marks.append(self._mark(name))
+        self.name, self.since = name, time.monotonic()
+
+    @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Phase `name` inside a `with` block, then the one before again."""
+        before = self.name
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each phase since the last call; the present phase goes on. On CUDA it waits for the device."""
+        end = self._mark(self.name)
+        if end[2] is not None:
+            end[2].synchronize()
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for (name, started, first), (_, ended, last) in zip(self._marks, [*self._marks[1:], end], strict=True):
+            if first is not None and last is not None and name in ("forward", "backward", "optimizer"):
+                seconds[name] += first.elapsed_time(last) / 1000.0
+            else:
+                seconds[name] += ended - started
+        self._marks = [end]
+        return seconds
+
+    def _mark(self, name: str) -> tuple[str, float, torch.cuda.Event | None]:
+        event = None
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        return name, time.perf_counter(), event

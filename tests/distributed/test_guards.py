@@ -1,0 +1,200 @@
+"""Bad steps, signals and hangs over real ranks: every rank draws the same conclusion, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from dlm_dist.training.checkpoint_files import list_checkpoints, load_trainer_state
+from tests.distributed import runs
+from tests.distributed.guard_worker import BAD_STEP, KINDS, WRAPPERS
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+STOPPED_EARLY = 75
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guards")
+    world = {"WORLD_SIZE": str(WORLD), "MASTER_PORT": str(runs.free_port())}
+    processes = []
+    for rank in range(WORLD):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with open(folder / f"rank-{rank}.log", "w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.distributed.guard_worker", str(rank), str(WORLD), str(folder)],
+                    cwd=runs.REPOSITORY,
+                    env=runs.environment(WORLD) | world | place,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join((folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(WORLD))
+    assert codes == [0] * WORLD, logs
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize(("stage", "precision"), WRAPPERS)
+def test_a_step_that_is_bad_on_one_rank_is_skipped_on_all(stage, precision, kind, results):
+    """Masters and the optimizer's own count are then those of a run that never saw the step."""
+    said = {"loss": "the loss is not finite", "gradient": "the gradient is not finite", "spike": "the loss, "}[kind]
+    for rank in range(WORLD):
+        found, clean = results[rank][stage, precision, kind], results[rank][stage, precision, "left out"]
+        assert [reason is not None for reason in found["reasons"]] == [number == BAD_STEP for number in range(4)]
+        assert found["reasons"][BAD_STEP].startswith(said)
+        assert clean["reasons"] == [None] * 3
+        assert found["progress"]["global_step"] == 4
+        assert found["progress"]["skipped_steps"] == 1
+        assert found["progress"]["losses"] == clean["progress"]["losses"]
+        assert found["steps"] == clean["steps"] == [3] * len(clean["steps"])
+        for mine, expected in zip(found["masters"], clean["masters"], strict=True):
+            assert torch.equal(mine, expected)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return runs.build_data(tmp_path_factory.mktemp("data"))
+
+
+# A limit so low that the noise of a healthy run goes over it now and then.
+NERVOUS = {
+    "train__max_steps": 40,
+    "checkpoint__every": 10,
+    "optimizer__warmup_steps": 0,
+    "guards__window": 16,
+    "guards__max_rollbacks": 30,
+    "guards__max_consecutive_skips": 30,
+}
+
+
+def replaced(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.replaced.jsonl").read_text().splitlines()]
+
+
+def test_a_gradient_spike_goes_back_and_leaves_its_step_out(data, tmp_path):
+    run = tmp_path / "run"
+    output = runs.train(runs.overrides(data, run, "qwen3", guards__grad_norm_spike=0.7, **NERVOUS), ranks=1)
+    records = runs.metrics(run)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    skipped = [record for record in records if record["skipped"]]
+    assert skipped
+    assert all("gradient norm" in record["skip_reason"] for record in skipped)
+    assert "back to the checkpoint of step" in output
+    assert f"data positions {skipped[0]['positions'][0]} to" in output
+    first = skipped[0]["step"]
+    gone = replaced(run)
+    before = {record["step"]: record for record in gone[: [record["step"] for record in gone].index(first)]}
+    assert set(before) == set(range((first - 1) // 10 * 10 + 1, first))
+    for record in records[: first - 1]:
+        if record["step"] in before:
+            for key in runs.EXACT:
+                assert record[key] == before[record["step"]][key], f"the replay of step {record['step']} is another one"
+    assert records[first - 1]["data_pos"] == first * 8
+    state = load_trainer_state(list_checkpoints(run / "checkpoints")[-1])
+    assert state["skipped_steps"] == len(skipped) == state["rollbacks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["loss", "grad_norm"])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_resume_draws_the_same_conclusions(kind, stage, data, tmp_path):
+    def settings(run):
+        spike = {f"guards__{kind}_spike": 1.0 if kind == "loss" else 0.7}
+        return runs.overrides(data, run, "qwen3", zero__stage=stage, **NERVOUS, **spike)
+
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    runs.train(settings(reference), ranks=2)
+    assert any(record["skipped"] for record in runs.metrics(reference))
+    runs.train_and_kill(settings(killed), killed, at_step=25, ranks=2)
+    runs.train(settings(killed), ranks=2, resume="auto")
+    runs.assert_same_steps(killed, reference)
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The training processes below a launcher, by local rank."""
+    found = {}
+    for process in psutil.Process(launcher).children(recursive=True):
+        line = process.cmdline()
+        place = next((word for word in line if word.startswith("--local_rank=")), None)
+        if place is not None and any(word.endswith("pretrain.py") for word in line[1:3]):
+            found[int(place.partition("=")[2])] = process
+    return [found[rank] for rank in sorted(found)]
+
+
+def start(arguments: list[str], run: Path, at_step: int, ranks: int) -> tuple[subprocess.Popen, Path]:
+    """A run under way that has reached `at_step`, and the file of its output."""
+    log = run.with_suffix(".log")
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            runs.command(arguments, ranks), env=runs.environment(ranks), stdout=output, stderr=subprocess.STDOUT
+        )
+    deadline = time.monotonic() + 300
+    while runs.last_step(run) < at_step:
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.01)
+    return process, log
+
+
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(data, tmp_path):
+    """What comes after the resume is what would have come."""
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    settings = {"train__max_steps": 200, "checkpoint__every": 1000}
+    process, log = start(runs.overrides(data, run, **settings), run, 5, ranks=2)
+    try:
+        ranks_of(process.pid)[1].send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=120) == STOPPED_EARLY, log.read_text()[-4000:]
+    finally:
+        process.kill()
+    stopped_at = runs.last_step(run)
+    assert 5 <= stopped_at < 200
+    assert f"stopped behind step {stopped_at} of 200, which is saved: SIGUSR1 (rank 1)" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step-{stopped_at}"]
+    end = {**settings, "train__max_steps": stopped_at + 4, "optimizer__schedule": "constant"}
+    runs.train(runs.overrides(data, run, **end), ranks=2, resume="auto")
+    runs.train(runs.overrides(data, reference, **end), ranks=2)
+    for mine, other in zip(runs.metrics(run)[stopped_at:], runs.metrics(reference)[stopped_at:], strict=True):
+        assert mine["rows_sha256"] == other["rows_sha256"]
+        assert mine["noise_sha256"] == other["noise_sha256"]
+
+
+def test_a_rank_that_stands_still_is_named_and_ends_the_run(data, tmp_path):
+    run = tmp_path / "run"
+    settings = runs.overrides(data, run, train__max_steps=2000, checkpoint__every=None, guards__hang_minutes=0.1)
+    process, log = start(settings, run, 3, ranks=2)
+    stopped = None
+    try:
+        stopped = ranks_of(process.pid)[1]
+        stopped.suspend()
+        deadline = time.monotonic() + 120
+        while "(guards.hang_minutes)" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.2)
+        assert f"rank 1 on {os.uname().nodename} (process {stopped.pid}) has given no sign of life" in log.read_text()
+        stopped.kill()
+        assert process.wait(timeout=120) != 0
+    finally:
+        if stopped is not None and stopped.is_running():
+            stopped.kill()
+        process.kill()
+    stacks = (run / "heartbeats" / "rank-00000.stacks.txt").read_text()
+    assert "loop.py" in stacks
