@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-OBJECTIVES = ("mdlm", "dllm", "soft_ce", "block", "ar", "card")
 DIRECTIONS = {"qwen3": ("causal", "bidirectional"), "rwkv7": ("causal", "bidirectional", "alternate", "dw_jrt")}
 
-MASKED = ("mdlm", "dllm", "soft_ce")
+MASKED = ("mdlm", "dllm", "soft_ce", "iid_t", "wsd")
 """The objectives of masked diffusion."""
+
+OBJECTIVES = (*MASKED, "block", "ar", "card")
 
 _READ_THE_NEXT_TOKEN = ("ar", "card")
 

@@ -389,6 +389,10 @@ def _objective_fits(parts: Mapping[str, Any]) -> Iterator[Mistake]:
     block, length = parts["objective"].one_block_length, parts["data"].sequence_length if "data" in parts else None
     if block is not None and length is not None and length % block:
         yield about("objective.one_block_length", block, f"expected a divisor of data.sequence_length = {length}")
+    phases = parts["objective"].block_lengths
+    if phases is not None and length is not None and any(size and length % size for _, size in phases):
+        shown = [list(phase) for phase in phases]
+        yield about("objective.block_lengths", shown, f"expected divisors of data.sequence_length = {length}")
     name = parts["objective"].name
     if "model" in parts:
         model = parts["model"]
@@ -479,7 +483,8 @@ def default_values(backbone: object, optimizer: object, objective: object, model
     """Defaults that hang on other values, by full key.
 
     ar and card cut no rows: a causal model meets every length in each of them. dllm draws as that program does
-    (ZHZisZZ/dllm); soft_ce weighs as Qwen3llada does, whose smoothing is 0.1.
+    (ZHZisZZ/dllm), iid_t and wsd as Nano-LLaDA does (JayCheng113/Nano-LLaDA, scripts/train/diffusion.py); soft_ce
+    weighs as Qwen3llada does, whose smoothing is 0.1.
     rwkv7: BlinkDL's recipe for x070 (RWKV-LM). qwen3: the usual AdamW of language models. Lion: Chen et al.,
     "Symbolic Discovery of Optimization Algorithms", 2023: its second beta and a learning rate several times
     smaller than AdamW's.
@@ -490,14 +495,18 @@ def default_values(backbone: object, optimizer: object, objective: object, model
     else:
         values |= {"model.direction": "bidirectional", "data.random_length_prob": 0.01}
         values |= {"objective.schedule": "linear", "objective.masking": "exact"}
-    if objective == "block":
+    if objective in ("block", "wsd"):
         values["objective.block_lengths"] = [[0, 32]]
-    elif objective not in ("ar", "card"):
+    if objective not in ("ar", "card", "block"):
         values |= {"objective.times": "stratified"}
         values |= {"objective.weighting": "elbo", "objective.normalization": "tokens"}
-    if objective == "dllm":
+    if objective in ("dllm", "iid_t", "wsd"):
         values |= {"objective.masking": "bernoulli", "objective.times": "independent"}
         values |= {"objective.normalization": "maskable"}
+    if objective in ("iid_t", "wsd"):
+        values |= {"objective.t_min": 1e-3, "objective.t_max": 0.999, "objective.protected_tokens": ["eos"]}
+    if objective == "wsd":
+        values["objective.schedule"] = "cosine_squared"
     if objective == "soft_ce":
         values |= {"objective.weighting": "inverse_rate", "objective.label_smoothing": 0.1}
     if backbone == "rwkv7":

@@ -39,7 +39,7 @@ _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "noise_type": _MASKED,
     "mask_contiguous_region_prob": _MASKED,
     "two_segment_prob": _MASKED,
-    "one_block_length": _MASKED,
+    "one_block_length": tuple(name for name in _MASKED if name != "wsd"),
     "protected_tokens": _MASKED,
     "draws_per_row": _MASKED,
     "complementary_prob": _MASKED,
@@ -49,7 +49,7 @@ _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "attention_annealing": _MASKED,
     "label_smoothing": ("soft_ce",),
     "confidence_weight": _MASKED,
-    "block_lengths": ("block",),
+    "block_lengths": ("wsd", "block"),
     "clip_search": ("block",),
     "card_tail": ("card",),
     "mask_noise_std": (*_DRAWN, "card"),
@@ -77,15 +77,17 @@ def _other_name(names: Mapping[str, str]) -> BeforeValidator:
 class ObjectiveSection(Section):
     """What is hidden, what is predicted and how it is weighed. Keys of other objectives must stay null."""
 
-    name: Annotated[Literal["mdlm", "dllm", "soft_ce", "block", "ar", "card"], _other_name({"guidelines": "mdlm"})] = (
-        Field(
-            default="mdlm",
-            description="mdlm (also: guidelines): absorbing-state masked diffusion with the unbiased bound as its "
-            "loss; dllm: the same with the draws of the program dllm; soft_ce: masked diffusion with smoothed labels; "
-            "block: each block is denoised with the clean blocks before it in sight (BD3-LM); ar: causal language "
-            "modelling with the exact negative log-likelihood as its loss; card: diffusion with a causal model that "
-            "predicts every token",
-        )
+    name: Annotated[
+        Literal["mdlm", "dllm", "soft_ce", "iid_t", "wsd", "block", "ar", "card"],
+        _other_name({"guidelines": "mdlm"}),
+    ] = Field(
+        default="mdlm",
+        description="mdlm (also: guidelines): absorbing-state masked diffusion with the unbiased bound as its "
+        "loss; dllm: the same with the draws of the program dllm; soft_ce: masked diffusion with smoothed labels; "
+        "iid_t, wsd: masked diffusion with the draws that Nano-LLaDA calls so, wsd in one block of each row; "
+        "block: each block is denoised with the clean blocks before it in sight (BD3-LM); ar: causal language "
+        "modelling with the exact negative log-likelihood as its loss; card: diffusion with a causal model that "
+        "predicts every token",
     )
     schedule: (
         Annotated[
@@ -166,7 +168,7 @@ class ObjectiveSection(Section):
     one_block_length: Positive | None = Field(
         default=None,
         description="only one block of so many tokens, drawn for each row, is noised: what precedes it is shown, what "
-        "follows is not (Nano-LLaDA's wsd); null = the whole row",
+        "follows is not (for lengths that grow: the objective wsd); null = the whole row",
     )
     protected_tokens: tuple[Annotated[str, BeforeValidator(_token_name)], ...] | None = Field(
         default=None,
@@ -208,8 +210,8 @@ class ObjectiveSection(Section):
     )
     block_lengths: tuple[tuple[NonNegative, NonNegative], ...] | None = Field(
         default=None,
-        description="block: how long blocks are, as phases [tokens, length]: a length holds for that many tokens of "
-        "data, the last one to the end; 0 = the whole row; each divides sequence_length; null = [[0, 32]]",
+        description="block, wsd: how long blocks are, as phases [tokens, length]: a length holds for that many tokens "
+        "of data, the last one to the end; 0 = the whole row; each divides sequence_length; null = [[0, 32]]",
     )
     clip_search: bool | None = Field(
         default=None,

@@ -54,7 +54,7 @@ def add_generate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
         "--block-length",
         type=int,
         metavar="N",
-        help="fill blocks of N tokens left to right (default: mdlm all at once, block as it was trained, card one)",
+        help="fill blocks of N tokens left to right (default: as it was trained; mdlm: all at once)",
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) = likeliest token")
     parser.add_argument(
@@ -162,9 +162,12 @@ def _by_remasking(model: Any, tokenizer: Tokenizer, prompt: str, arguments: argp
     """Ids [T] of the prompt, continued or with its gaps filled by a masked diffusion model."""
     from dlm_dist.generation.samplers import DecodingOptions, generate, infill, parse_gaps
 
+    size = arguments.block_length
+    if size is None:  # what follows a block was hidden in the training of wsd, and is so here
+        size = block_length(Path(arguments.model), None) or None
     options: DecodingOptions = {
         **_choice(model, tokenizer, arguments),
-        "block_length": arguments.block_length,
+        "block_length": size,
         "shifted_behind": tokenizer.eos_id if shifted(Path(arguments.model)) else None,
     }
     if not arguments.infill:

@@ -88,7 +88,7 @@ def test_defaults_by_objective(write, backbone):
 def test_objectives_have_the_defaults_of_their_makers(write):
     """What the configuration fills in is what the makers in diffusion do by themselves."""
     vocabulary = Vocabulary(mask_id=3, eos_id=0)
-    for name in ("mdlm", "dllm", "soft_ce"):
+    for name in ("mdlm", "dllm", "soft_ce", "iid_t", "wsd", "block"):
         config = load_config(write(RWKV7), [f"objective.name={name}"])
         assert load_config(write(to_yaml(config))) == config
         assert OBJECTIVES[name](seed=1, vocabulary=vocabulary, **config.objective.settings()) == OBJECTIVES[name](
@@ -259,9 +259,9 @@ def test_the_nearest_key(write, key, nearest):
         (
             RWKV7,
             [*AR, "objective.schedule=linear"],
-            'objective.schedule is "linear": a key of mdlm, dllm, soft_ce and block only',
+            'objective.schedule is "linear": a key of mdlm, dllm, soft_ce, iid_t, wsd and block only',
         ),
-        (RWKV7, [*AR, "objective.masking=exact"], 'objective.masking is "exact": a key of mdlm, dllm, soft_ce and'),
+        (RWKV7, [*AR, "objective.masking=exact"], 'objective.masking is "exact": a key of mdlm, dllm, soft_ce, '),
         (RWKV7, ["objective.label_smoothing=0.2"], "objective.label_smoothing is 0.2: a key of soft_ce only, and obj"),
         (RWKV7, ["objective.schedule_exponent=3"], "a key of power only, and objective.schedule is linear: remove it"),
         (RWKV7, ["objective.schedule_steepness=3"], "a key of sigmoid only, and objective.schedule is linear"),
@@ -298,6 +298,16 @@ def test_the_nearest_key(write, key, nearest):
             ["objective.one_block_length=3", "data.sequence_length=16"],
             "objective.one_block_length is 3: expected a divisor of data.sequence_length = 16",
         ),
+        (
+            RWKV7,
+            ["objective.name=block", "objective.block_lengths=[[9, 4], [0, 3]]", "data.sequence_length=16"],
+            "objective.block_lengths is [[9, 4], [0, 3]]: expected divisors of data.sequence_length = 16",
+        ),
+        (
+            RWKV7,
+            ["objective.name=wsd", "objective.one_block_length=4"],
+            "objective.one_block_length is 4: a key of mdlm, dllm, soft_ce and iid_t only, and objective.name is wsd",
+        ),
         (RWKV7, ["objective.token_to_token_weight=2"], "expected null, since objective.token_to_token_rate is 0"),
         (
             RWKV7,
@@ -332,7 +342,7 @@ def test_the_nearest_key(write, key, nearest):
         (
             RWKV7,
             ["objective.name=arr"],
-            'objective.name is "arr": expected one of mdlm, dllm, soft_ce, block, ar',
+            'objective.name is "arr": expected one of mdlm, dllm, soft_ce, iid_t, wsd, block, ar',
         ),
         (QWEN3, ["model.tie_directions=true"], "model.tie_directions is true: expected false, since only rwkv7"),
         (

@@ -25,6 +25,7 @@ from dlm_dist.diffusion.base import (
     text_bytes_of,
     visible_documents,
 )
+from dlm_dist.diffusion.block_diffusion import BlockLengths
 from dlm_dist.diffusion.corruption import (
     annealed_attention,
     hide_counted,
@@ -99,6 +100,7 @@ class MaskedDiffusion:
     mask_contiguous_region_prob: float = 0.0
     two_segment_prob: float = 0.0
     one_block_length: int | None = None
+    block_lengths: tuple[tuple[int, int], ...] | None = None
     protected_tokens: tuple[str, ...] = ()
     draws_per_row: int = 1
     complementary_prob: float = 0.0
@@ -121,6 +123,9 @@ class MaskedDiffusion:
             raise ValueError(f"t_min is {self.t_min} and t_max is {self.t_max}: expected 0 <= t_min < t_max <= 1.")
         if self.one_block_length is not None and self.one_block_length < 1:
             raise ValueError(f"one_block_length is {self.one_block_length}: expected at least 1.")
+        if self.one_block_length is not None and self.block_lengths is not None:
+            raise ValueError("one_block_length and block_lengths are both given: expected one of them.")
+        assert self._blocks is None or self._blocks.phases
         if self.complementary_prob and self.draws_per_row != 2:
             raise ValueError(f"draws_per_row is {self.draws_per_row}: complementary masks need 2.")
         if self.shift and self.isolate_documents:
@@ -134,6 +139,13 @@ class MaskedDiffusion:
     @cached_property
     def _schedule(self) -> Schedule:
         return make_schedule(self.schedule, **self.schedule_parameters)
+
+    @cached_property
+    def _blocks(self) -> BlockLengths | None:
+        """The lengths of blocks of which one is noised; None: the row is one."""
+        if self.one_block_length is not None:
+            return BlockLengths(((0, self.one_block_length),))
+        return None if self.block_lengths is None else BlockLengths(tuple(self.block_lengths))
 
     @cached_property
     def _protected_ids(self) -> list[int]:
@@ -240,14 +252,16 @@ class MaskedDiffusion:
         lengths, positions = lengths.repeat(repeat), rows.positions.repeat(repeat)
         eligible = there & ~np.isin(tokens, self._protected_ids) if self.protected_tokens else there
         blank, blocks = ~there, np.ones_like(lengths)
-        if self.one_block_length is not None:
-            blocks = -(-lengths // self.one_block_length)
+        if self._blocks is not None:
+            size = self._blocks.at(positions, tokens.shape[1])
+            blocks = -(-lengths // size)
             # A complement hides the rest of the same block.
             chosen = keyed_uniform(self.seed, "block", positions)
-            first = (chosen * blocks).astype(np.int64)[:, None] * self.one_block_length
+            first = ((chosen * blocks).astype(np.int64) * size)[:, None]
+            behind = first + size[:, None]
             place = np.arange(tokens.shape[1])
-            eligible = eligible & (place >= first) & (place < first + self.one_block_length)
-            blank = blank | (place >= first + self.one_block_length)
+            eligible = eligible & (place >= first) & (place < behind)
+            blank = blank | (place >= behind)
         return _Samples(tokens, there, eligible, blank, blocks, positions), lengths
 
     def _hide(self, samples: _Samples, document_ids: NDArray[np.int32]) -> tuple[BoolArray, FloatArray, FloatArray]:

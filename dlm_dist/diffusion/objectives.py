@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from dlm_dist.diffusion.base import NoisyBatch, Objective, RowsLike, Vocabulary, visible_documents
 from dlm_dist.diffusion.block_diffusion import BlockDiffusion
@@ -27,10 +28,21 @@ __all__ = [
     "visible_documents",
 ]
 
+_NANO_LLADA: dict[str, Any] = {
+    "masking": "bernoulli",
+    "times": "independent",
+    "normalization": "maskable",
+    "t_min": 1e-3,
+    "t_max": 0.999,
+    "protected_tokens": ("eos",),
+}
+
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "mdlm": MaskedDiffusion,
     "dllm": partial(MaskedDiffusion, name="dllm", masking="bernoulli", times="independent", normalization="maskable"),
     "soft_ce": partial(MaskedDiffusion, name="soft_ce", weighting="inverse_rate", label_smoothing=0.1),
+    "iid_t": partial(MaskedDiffusion, name="iid_t", **_NANO_LLADA),
+    "wsd": partial(MaskedDiffusion, name="wsd", schedule="cosine_squared", block_lengths=((0, 32),), **_NANO_LLADA),
     "block": BlockDiffusion,
     "ar": Autoregressive,
     "card": CausalDiffusion,

@@ -125,10 +125,16 @@ class Callbacks:
 
     def sample(self, step: int) -> None:
         """A text that continues train.sample_prompt; every rank runs it, since ZeRO-3 gathers weights."""
+        tokenizer = self.side.tokenizer
+        ids = self._sampled(step)
+        if self.log is not None:
+            self.log.sample(step, tokenizer.decode(until_the_end(ids, tokenizer.eos_id)))
+
+    def _sampled(self, step: int) -> torch.Tensor:
+        """Ids [T] of the prompt and SAMPLE_TOKENS tokens, written as the objective has it. Collective."""
         model, tokenizer = self.engine.module, self.side.tokenizer
-        model.eval()
         if EVALUATED_AS.get(self.config.objective.name) == "ar":
-            ids = continue_text(
+            return continue_text(
                 model,
                 self.side.prompt,
                 SAMPLE_TOKENS,
@@ -137,21 +143,20 @@ class Callbacks:
                 temperature=1.0,
                 forbidden_ids=ids_without_text(tokenizer, model.config.vocab_size),
             )
-        elif blocks := self._block_length(step) % self.source.sequence_length:  # whole rows are masked diffusion
-            steps = max(SAMPLE_TOKENS // 2, 1 + -(-SAMPLE_TOKENS // blocks))
-            ids = generate_blocks(model, self.side.prompt, SAMPLE_TOKENS, steps, block_length=blocks, seed=step)
-        else:
-            ids = generate(
-                model,
-                self.side.prompt,
-                SAMPLE_TOKENS,
-                steps=SAMPLE_TOKENS // 2,
-                seed=step,
-                shifted_behind=tokenizer.eos_id if self.config.objective.shift else None,
-            )
-        model.train()
-        if self.log is not None:
-            self.log.sample(step, tokenizer.decode(until_the_end(ids, tokenizer.eos_id)))
+        # Blocks that are whole rows are masked diffusion.
+        blocks = self._block_length(step) % self.source.sequence_length or None
+        steps = SAMPLE_TOKENS // 2 if blocks is None else max(SAMPLE_TOKENS // 2, 1 + -(-SAMPLE_TOKENS // blocks))
+        if self.config.objective.name == "block" and blocks is not None:
+            return generate_blocks(model, self.side.prompt, SAMPLE_TOKENS, steps, block_length=blocks, seed=step)
+        return generate(
+            model,
+            self.side.prompt,
+            SAMPLE_TOKENS,
+            steps,
+            seed=step,
+            block_length=blocks,
+            shifted_behind=tokenizer.eos_id if self.config.objective.shift else None,
+        )
 
     def save(self, progress: Progress) -> None:
         """Begin a checkpoint. An asynchronous one leaves the loop as soon as the state is copied."""

@@ -66,6 +66,7 @@ OPTIONS: dict[str, dict] = {
     "mask_contiguous_region_prob": {"mask_contiguous_region_prob": 0.5},
     "two_segment_prob": {"two_segment_prob": 0.5},
     "one_block_length": {"one_block_length": 4},
+    "block_lengths": {"block_lengths": ((64 * LENGTH, 2), (0, 8))},
     "protected_tokens": {"protected_tokens": ("eos", "7")},
     "draws_per_row": {"draws_per_row": 2},
     "complementary_prob": {"draws_per_row": 2, "complementary_prob": 0.5},
@@ -343,3 +344,49 @@ def test_mistakes_are_one_sentence_each():
     rows = replace(ROWS, tokens=np.where(np.arange(LENGTH) == 3, MASK, ROWS.tokens))
     with pytest.raises(ConfigError, match="the row at position 5 holds the mask token's id 40 as text"):
         objective().corrupt(rows[5:7])
+
+
+def test_blocks_grow_with_the_data():
+    """Nano-LLaDA's wsd: one block of each row, whose length is a function of the tokens before the row."""
+    vocabulary = Vocabulary(mask_id=MASK, eos_id=EOS, size=40)
+    count = len(ROWS.positions)
+    phases = ((count // 4 * LENGTH, 1), (count // 4 * LENGTH, 4), (0, 0))
+    wsd = OBJECTIVES["wsd"](seed=1, vocabulary=vocabulary, block_lengths=phases, t_min=0.9, t_max=1.0)
+    batch = wsd.corrupt(ROWS)
+    sizes = np.repeat([1, 4, LENGTH], [count // 4, count // 4, count - 2 * (count // 4)])
+    scored = batch.masks
+    first, last = scored.argmax(axis=1), LENGTH - 1 - scored[:, ::-1].argmax(axis=1)
+    some = scored.any(axis=1)
+    assert (first // sizes == last // sizes)[some].all(), "what is scored lies in one block"
+    for size in (1, 4, LENGTH):
+        of_size = some & (sizes == size)
+        assert len(np.unique(first[of_size] // size)) == LENGTH // size, "any block of the row"
+    behind = np.arange(LENGTH) >= ((first // sizes + 1) * sizes)[:, None]
+    assert (batch.inputs[some][behind[some]] == MASK).all()
+    before = np.arange(LENGTH) < ((first // sizes) * sizes)[:, None]
+    assert np.array_equal(batch.inputs[some][before[some]], ROWS.tokens[some][before[some]])
+    with pytest.raises(ValueError, match="both given"):
+        OBJECTIVES["wsd"](seed=1, vocabulary=vocabulary, one_block_length=4)
+
+
+def test_nano_lladas_draws():
+    vocabulary = Vocabulary(mask_id=MASK, eos_id=EOS, size=40)
+    for name, schedule in (("iid_t", "linear"), ("wsd", "cosine_squared")):
+        made = OBJECTIVES[name](seed=1, vocabulary=vocabulary)
+        assert (made.name, made.schedule, made.masking, made.times) == (name, schedule, "bernoulli", "independent")
+        assert made.not_a_bound() == ["t_min=0.001", "t_max=0.999", "protected_tokens=('eos',)"]
+        whole = replace(made, t_min=0.0, t_max=1.0, protected_tokens=())
+        assert whole.is_bound
+    iid_t = OBJECTIVES["iid_t"](seed=1, vocabulary=vocabulary)
+    batch = iid_t.corrupt(ROWS)
+    assert not batch.masks[ROWS.tokens == EOS].any()
+    hidden = batch.masks
+    assert np.allclose(
+        batch.weights[hidden], np.broadcast_to(1 / batch.times[:, None], hidden.shape)[hidden], rtol=1e-5
+    )
+    assert batch.denominator == (ROWS.tokens != EOS).sum()
+    # w = -alpha' / (1 - alpha) with alpha = cos^2(pi t / 2), times the number of blocks that the chosen one stands for.
+    wsd = OBJECTIVES["wsd"](seed=1, vocabulary=vocabulary, block_lengths=((0, LENGTH // 2),)).corrupt(ROWS)
+    t = wsd.times[:, None]
+    weight = 2 * (np.pi / 2 * np.sin(np.pi * t)) / np.sin(np.pi * t / 2) ** 2
+    assert np.allclose(wsd.weights[wsd.masks], np.broadcast_to(weight, wsd.masks.shape)[wsd.masks], rtol=1e-4)

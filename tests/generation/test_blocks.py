@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from data_pipeline.rows import Rows
 from dlm_dist import models
 from dlm_dist.diffusion.model_inputs import model_inputs
 from dlm_dist.diffusion.objectives import BlockDiffusion, CausalDiffusion, Vocabulary
+from dlm_dist.generation import blocks, samplers
 from dlm_dist.generation.autoregressive import continue_text
 from dlm_dist.generation.blocks import generate_ahead, generate_blocks
 from dlm_dist.generation.samplers import generate
@@ -83,14 +85,14 @@ def test_each_step_asks_what_training_asks(
     assert len(recorded.asked) <= 7
     width = size * (last + 1)
     clean = torch.cat([ids, torch.full((2, width - ids.shape[1]), MASK)], 1)
-    blocks = (torch.arange(width) // size).expand(2, -1)
+    block_ids = (torch.arange(width) // size).expand(2, -1)
     for place, block, logits in recorded.asked:
         noisy = torch.full_like(clean, MASK)
         noisy[:, place : place + size] = block
         shown = block != MASK
         assert torch.equal(block[shown], clean[:, place : place + size][shown]), "what is committed stays"
         with torch.no_grad():
-            whole = forward(model, noisy, clean_ids=clean, block_ids=blocks).logits
+            whole = forward(model, noisy, clean_ids=clean, block_ids=block_ids).logits
         torch.testing.assert_close(logits, whole[:, place : place + size], rtol=1e-4, atol=2e-5)
     if prompt % size:
         _, block, _ = recorded.asked[0]
@@ -202,8 +204,8 @@ def test_an_end_of_text_ends_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_block_of_the_whole_row_is_remasking() -> None:
     model = make("qwen3", direction="bidirectional")
-    blocks = generate_blocks(model, [1, 2], 6, 6, block_length=8)
-    assert torch.equal(blocks, generate(model, [1, 2], 6, 6))
+    written = generate_blocks(model, [1, 2], 6, 6, block_length=8)
+    assert torch.equal(written, generate(model, [1, 2], 6, 6))
 
 
 def test_a_threshold_keeps_what_is_sure_and_saves_steps() -> None:
@@ -235,10 +237,6 @@ def test_mistakes_are_named(arguments: dict[str, int]) -> None:
 def test_the_command_writes_in_the_blocks_of_the_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import json
-
-    from dlm_dist.generation import blocks
-
     used = []
     real = blocks.generate_blocks
 
@@ -264,6 +262,20 @@ def test_the_command_writes_in_the_blocks_of_the_checkpoint(
     saved.write_text(json.dumps({**state, "sequence_length": None, "identity": identity}))
     with pytest.raises(ValueError, match="does not say how long the rows were: give --block-length"):
         _command(folder)
+
+
+def test_the_command_writes_in_blocks_what_learned_one_block_of_each_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    real = samplers.generate
+    monkeypatch.setattr(samplers, "generate", lambda *a, **k: used.append(k["block_length"]) or real(*a, **k))
+    folder = _checkpoint(tmp_path / "wsd", "wsd", "bidirectional")
+    identity = {"objective.name": "wsd", "objective.block_lengths": [[320, 2], [0, 8]]}
+    state = {"data_pos": 10, "skipped_ranges": [], "sequence_length": 32, "identity": identity}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert _command(folder) == _command(folder, "--block-length", "3") == 0
+    assert used == [8, 3]
 
 
 def test_the_command_reads_a_card_model_either_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
