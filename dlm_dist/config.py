@@ -114,6 +114,11 @@ class TrainSection(Section):
         default=None, description="passes over the training data (epochs); this or max_steps"
     )
     global_batch_size: Positive = Field(description="rows per optimizer step over all ranks (samples)")
+    change_batch_size: bool = Field(
+        default=False,
+        description="a resume may change global_batch_size: it goes on at the same sample and step, and the learning "
+        "rate stays the function of the step that it was",
+    )
     micro_batch_size: Positive | None = Field(
         default=None,
         description="rows per forward pass of one rank (samples); null = follows from the others",

@@ -82,7 +82,7 @@ class Callbacks:
             isolate_documents=self.config.data.isolate_documents,
             objective=EVALUATED_AS.get(self.config.objective.name, "mdlm"),
             shift=bool(self.config.objective.shift),
-            block_length=self._block_length(step),
+            block_length=self._block_length(progress.data_pos),
         )
         found = self._search(progress) if self._is_search_due(step) else None
         if self.log is not None:
@@ -98,7 +98,7 @@ class Callbacks:
         objective, settings = self.objective, self.config.train
         assert isinstance(objective, BlockDiffusion)
         assert self.side.validation is not None
-        length = self._block_length(progress.step)
+        length = self._block_length(progress.data_pos)
         choice = search_range(
             self.engine.module,
             self.side.validation,
@@ -115,22 +115,22 @@ class Callbacks:
             progress.clip_ranges = (*progress.clip_ranges, new)
         return {"from_position": int(position[0]), "block_length": length, **asdict(choice)}
 
-    def _block_length(self, step: int) -> int:
-        """The length of the blocks that are trained on after `step` steps; 0 for other objectives."""
-        phases, size = self.config.objective.block_lengths, self.config.train.global_batch_size
+    def _block_length(self, data_pos: int) -> int:
+        """The length of the blocks that are trained on after `data_pos` samples; 0 for other objectives."""
+        phases = self.config.objective.block_lengths
         if phases is None:
             return 0
-        position = self.stream.positions(step * size, 1)
+        position = self.stream.positions(data_pos, 1)
         return int(BlockLengths(phases).at(position, self.source.sequence_length)[0])
 
-    def sample(self, step: int) -> None:
+    def sample(self, progress: Progress) -> None:
         """A text that continues train.sample_prompt; every rank runs it, since ZeRO-3 gathers weights."""
         tokenizer = self.side.tokenizer
-        ids = self._sampled(step)
+        ids = self._sampled(progress)
         if self.log is not None:
-            self.log.sample(step, tokenizer.decode(until_the_end(ids, tokenizer.eos_id)))
+            self.log.sample(progress.step, tokenizer.decode(until_the_end(ids, tokenizer.eos_id)))
 
-    def _sampled(self, step: int) -> torch.Tensor:
+    def _sampled(self, progress: Progress) -> torch.Tensor:
         """Ids [T] of the prompt and SAMPLE_TOKENS tokens, written as the objective has it. Collective."""
         model, tokenizer = self.engine.module, self.side.tokenizer
         if EVALUATED_AS.get(self.config.objective.name) == "ar":
@@ -139,21 +139,23 @@ class Callbacks:
                 self.side.prompt,
                 SAMPLE_TOKENS,
                 eos_id=tokenizer.eos_id,
-                seed=step,
+                seed=progress.step,
                 temperature=1.0,
                 forbidden_ids=ids_without_text(tokenizer, model.config.vocab_size),
             )
         # Blocks that are whole rows are masked diffusion.
-        blocks = self._block_length(step) % self.source.sequence_length or None
+        blocks = self._block_length(progress.data_pos) % self.source.sequence_length or None
         steps = SAMPLE_TOKENS // 2 if blocks is None else max(SAMPLE_TOKENS // 2, 1 + -(-SAMPLE_TOKENS // blocks))
         if self.config.objective.name == "block" and blocks is not None:
-            return generate_blocks(model, self.side.prompt, SAMPLE_TOKENS, steps, block_length=blocks, seed=step)
+            return generate_blocks(
+                model, self.side.prompt, SAMPLE_TOKENS, steps, block_length=blocks, seed=progress.step
+            )
         return generate(
             model,
             self.side.prompt,
             SAMPLE_TOKENS,
             steps,
-            seed=step,
+            seed=progress.step,
             block_length=blocks,
             shifted_behind=tokenizer.eos_id if self.config.objective.shift else None,
         )

@@ -7,7 +7,8 @@ checkpoint_writer.py, what concerns the files alone in checkpoint_files.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from dlm_dist.training import zero_state
-from dlm_dist.training.checkpoint_files import (
-    TRAINER_STATE,
-    CheckpointError,
-    list_checkpoints,
-    read_manifest,
-    verify,
-)
+from dlm_dist.training.checkpoint_files import CheckpointError, list_checkpoints, verify
+from dlm_dist.training.elastic import SavedShards
 
 
 def on_rank_0(action: Callable[[], None], what: str) -> None:
@@ -105,32 +101,56 @@ def _put_back_weights(engine: Any, path: Path) -> None:
                     parameter.copy_(tensors.get_tensor(name))
 
 
-@torch.no_grad()
-def load_shards(engine: Any, path: Path) -> None:
-    """Put masters and optimizer states of a verified checkpoint back where they were.
+@dataclass(frozen=True)
+class Loaded:
+    """How the shards of a checkpoint came back, summed over all ranks."""
 
-    The engine's module must already hold the weights of `path`/model. Raises CheckpointError when the layout
-    (world size, ZeRO stage, precision, parameter roles) is another one.
+    shards: int
+    """Shards of all ranks."""
+    converted_shards: int
+    """Those put together from other shards; 0 on the layout that wrote the checkpoint."""
+    converted_blocks: int
+    """Blocks of 256 elements of 8-bit states in these."""
+    requantised_blocks: int
+    """Blocks whose elements came from under different scales, so that they were quantised again."""
+
+
+@torch.no_grad()
+def load_shards(engine: Any, path: Path) -> Loaded:
+    """Put masters and optimizer states of a verified checkpoint into the engine's shards. Collective.
+
+    A shard that was saved as it is here gets its bytes back; any other is converted (elastic.py). The engine's module
+    must already hold the weights of `path`/model. Raises CheckpointError where the checkpoint does not fit the model
+    and its optimizer.
     """
-    entries: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for name in read_manifest(path):
-        if name.startswith("tensors/") and name.endswith(".json"):
-            for entry in json.loads((path / name).read_bytes()):
-                entries[entry["key"]] = ((path / name).with_suffix(".safetensors"), entry)
-    mine = zero_state.shards(engine)
-    for shard in mine:
-        saved = entries.get(shard.key)
-        pieces = [[p.name, p.start, p.offset, p.numel] for p in shard.pieces]
-        if saved is None or saved[1]["pieces"] != pieces:
-            raise CheckpointError(
-                f"{path} was written with another layout of ranks, ZeRO stage, precision or parameter groups "
-                f"(shard {shard.key} does not match); resume with the topology in its {TRAINER_STATE}"
-            )
-    for shard in mine:
-        file, entry = entries[shard.key]
-        with safe_open(file, framework="pt") as tensors:
-            shard.flat.copy_(tensors.get_tensor(f"{shard.key}/master"))
-            state = {name: tensors.get_tensor(f"{shard.key}/{name}") for name in entry["tensors"]}
-        state |= entry["numbers"]
+    saved = SavedShards(path, zero_state.parameter_sizes(engine))
+    shards = zero_state.shards(engine)
+    converted = 0
+    for shard in shards:
+        before = saved.by_key.get(shard.key)
+        if before is not None and before.pieces == shard.pieces and saved.numel(before) == shard.flat.numel():
+            shard.flat.copy_(saved.whole(before, "master").view(-1))
+            state = {name: saved.whole(before, name) for name in before.tensors} | dict(before.numbers)
+        else:
+            runs = saved.runs(shard.pieces)
+            saved.copy_master(runs, shard.flat)
+            state = saved.state(runs, shard.master)
+            converted += 1
+        if state and shard.pieces:
+            _require_bits(engine, shard, state, path)
         if state:
             zero_state.set_optimizer_state(engine, shard, state)
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, [len(shards), converted, saved.blocks.converted, saved.blocks.requantised])
+    return Loaded(*(sum(column) for column in zip(*reports, strict=True)))
+
+
+def _require_bits(engine: Any, shard: zero_state.Shard, state: Mapping[str, Any], path: Path) -> None:
+    """8-bit states must come where the parameters' role has them, and only there."""
+    saved = 8 if any(name.startswith("absmax") for name in state) else 32
+    here = zero_state.optimizer_bits(engine, shard)
+    if saved != here:
+        raise CheckpointError(
+            f"{path} holds {saved}-bit optimizer states of {shard.pieces[0].name}, which has {here}-bit states in this "
+            "version: resume with the version that wrote it"
+        )

@@ -41,8 +41,8 @@ class Verdict:
 class Trainer:
     """Everything a step needs. `log` is None on ranks other than 0.
 
-    The callbacks run between steps on every rank, since they hold collectives: `evaluate(progress)` on held-out rows,
-    which may add to its `clip_ranges`, `sample(step)` for a text, `save(progress)` for a checkpoint, which `writer` may
+    The callbacks run between steps on every rank, since they hold collectives: `evaluate` on held-out rows,
+    which may add to its `clip_ranges`, `sample` for a text, `save` for a checkpoint, which `writer` may
     still be writing afterwards, `restore()` to go back to the newest one.
     """
 
@@ -60,7 +60,7 @@ class Trainer:
     """FLOP/s of all ranks together, for MFU."""
     log: MetricsLog | None
     evaluate: Callable[[Progress], None] | None
-    sample: Callable[[int], None] | None
+    sample: Callable[[Progress], None] | None
     save: Callable[[Progress], None]
     writer: CheckpointWriter
     alarm: Callable[[], str | None]
@@ -118,7 +118,7 @@ class Trainer:
                     # What was read ahead has times from the old range.
                     self.read_ahead.seek(progress.data_pos)
             if self.sample is not None and step > 0 and _due(settings.sample_every, step):
-                self.sample(step)
+                self.sample(progress)
 
     def step(self, progress: Progress) -> tuple[bool, str | None]:
         """One optimizer step, recorded; moves `progress` -> (a stop is wanted, why the step must be taken back).

@@ -33,6 +33,8 @@ class StartRecord:
     gemm_peak_flops: float
     """Measured FLOP/s of all ranks together, the base of MFU."""
     resumed_from: Path | None = None
+    conversion: dict[str, Any] | None = None
+    """Topologies from and to, and the counts of checkpoint.Loaded, where another layout wrote the checkpoint."""
     wkv7_backend: dict[str, Any] | None = None
     attention: dict[str, str] | None = None
     """What computes attention where a mask is needed, and why (models.attention.Choice)."""
@@ -62,6 +64,7 @@ class StartRecord:
             "versions": versions(),
             "host": platform.node(),
             "resumed_from": str(self.resumed_from) if self.resumed_from is not None else None,
+            "conversion": self.conversion,
             "topology": {
                 "world_size": self.world_size,
                 "zero_stage": config.zero.stage,

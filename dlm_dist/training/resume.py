@@ -133,19 +133,49 @@ def _identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     }
 
 
-def require_same(resumed: Resume, identity: Mapping[str, Any]) -> None:
-    """Raises ConfigError that names every key in which the run differs from the checkpoint."""
-    saved = resumed.state["identity"]
-    differences = [
-        f"{key} is {identity.get(key)!r}, the checkpoint was trained with {saved.get(key)!r}"
+def require_same(resumed: Resume, identity: Mapping[str, Any], change_batch_size: bool = False) -> list[str]:
+    """Raises ConfigError that names every key in which the run differs from the checkpoint -> notes.
+
+    With `change_batch_size` (the option of that name) the global batch size may differ, and is noted.
+    """
+    saved, batch_size = resumed.state["identity"], "train.global_batch_size"
+    differences = {
+        key: f"{key} is {identity.get(key)!r}, the checkpoint was trained with {saved.get(key)!r}"
         for key in sorted({*identity, *saved})
         if identity.get(key) != saved.get(key)
-    ]
+    }
+    advice = dict.fromkeys(differences, "set it back, or start a new run")
+    advice[batch_size] = "set it back, or ask for the change with train.change_batch_size=true"
+    notes = []
+    if change_batch_size and batch_size in differences:
+        step, position = resumed.state["global_step"], resumed.state["data_pos"]
+        notes = [f"{differences.pop(batch_size)}: changed from step {step}, data_pos {position} on, as asked"]
     if differences:
         raise ConfigError(
-            [f"{difference}: set it back, or start a new run" for difference in differences],
+            [f"{difference}: {advice[key]}" for key, difference in differences.items()],
             f"cannot resume from {resumed.path}",
         )
+    return notes
+
+
+def conversion_notes(resumed: Resume, topology: Mapping[str, Any], loaded: checkpoint.Loaded) -> list[str]:
+    """What became of the tensors of a checkpoint that another layout wrote; nothing on the layout that wrote it."""
+    if not loaded.converted_shards:
+        return []
+    before, here = (
+        f"{place['world_size']} rank{'s' if place['world_size'] > 1 else ''} at ZeRO-{place['zero_stage']}"
+        for place in (resumed.state["topology"], topology)
+    )
+    eight_bit = ""
+    if loaded.converted_blocks:
+        eight_bit = (
+            f"; {loaded.requantised_blocks} of {loaded.converted_blocks} blocks of 8-bit states were quantised again, "
+            "the others kept their values to the bit"
+        )
+    return [
+        f"elastic resume: {resumed.path.name} of {before} goes on with {here}; masters and 32-bit states kept their "
+        f"bits{eight_bit}; later sums may differ in the last bits"
+    ]
 
 
 def inexact_notes(resumed: Resume, topology: Mapping[str, Any]) -> list[str]:

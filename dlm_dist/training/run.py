@@ -31,6 +31,7 @@ from dlm_dist.training.progress import Progress
 from dlm_dist.training.records import StartRecord
 from dlm_dist.training.resume import (
     Resume,
+    conversion_notes,
     find_resume,
     inexact_notes,
     leave_other_branches,
@@ -73,14 +74,15 @@ def _train(
         notes.append(f"the loss is no bound on the likelihood: {', '.join(objective.not_a_bound())}")
     identity = run_identity(config, sources, side.validation)
     if resumed is not None:
-        require_same(resumed, identity)
+        notes += require_same(resumed, identity, config.train.change_batch_size)
         notes += inexact_notes(resumed, topology(config))
     else:
         notes += mask_notes(config, sources[0])
     weights = [entry.weight for entry in config.data.train]
     skip = skip_list(config.data.skip, resumed)
     stream = SampleStream(sources, weights, config.run.seed, skip, config.data.max_samples, config.data.order)
-    max_steps = _total_steps(config, stream)
+    progress = Progress() if resumed is None else Progress.from_state(resumed.state)
+    max_steps = _total_steps(config, stream, progress)
     backend, fallbacks = _wkv7_backend(config, device)
     attention, attention_fallbacks = _attention(config, device)
     # Only now: the self-test of the kernels uses operations that have no deterministic form on CUDA.
@@ -89,10 +91,13 @@ def _train(
     host_group = dist.new_group(backend="gloo") if device.type == "cuda" else None
     start = starting_model(config, plan, sources[0].mask_id, checkpoint_path, host_group)
     engine, groups = build_engine(start.model, config, plan, start.unrounded)
-    progress = Progress()
+    conversion = None
     if resumed is not None:
-        checkpoint.load_shards(engine, resumed.path)
-        progress = Progress.from_state(resumed.state)
+        loaded = checkpoint.load_shards(engine, resumed.path)
+        found = conversion_notes(resumed, topology(config), loaded)
+        if found:
+            conversion = {"from": resumed.state["topology"], "to": topology(config), **asdict(loaded)}
+            notes += found
         if progress.step >= max_steps:
             notes.append(f"nothing left to do: {resumed.path.name} is at or behind the last step, {max_steps}")
     record = StartRecord(
@@ -102,6 +107,7 @@ def _train(
         parameter_groups=groups,
         gemm_peak_flops=_total_peak(config, device),
         resumed_from=resumed.path if resumed is not None else None,
+        conversion=conversion,
         wkv7_backend=asdict(backend) if backend is not None else None,
         attention=asdict(attention) if attention is not None else None,
         init_from=start.init_from,
@@ -176,13 +182,17 @@ def _with_choices(objective: Objective, progress: Progress) -> Objective:
     return replace(objective, clip_ranges=progress.clip_ranges)
 
 
-def _total_steps(config: RunConfig, stream: SampleStream) -> int:
-    """Optimizer steps of the whole run; ConfigError where train.max_epochs makes none, or fewer than the warm-up."""
+def _total_steps(config: RunConfig, stream: SampleStream, progress: Progress) -> int:
+    """Optimizer steps of the whole run; ConfigError where train.max_epochs makes none, or fewer than the warm-up.
+
+    The steps behind `progress` may have been of another size (train.change_batch_size).
+    """
     settings = config.train
     if settings.max_steps is not None:
         return settings.max_steps
     assert settings.max_epochs is not None
-    steps = int(settings.max_epochs * stream.epoch_length // settings.global_batch_size)
+    samples = int(settings.max_epochs * stream.epoch_length)
+    steps = progress.step + max(0, samples - progress.data_pos) // settings.global_batch_size
     least = max(1, config.optimizer.warmup_steps)
     if steps < least:
         raise ConfigError(

@@ -53,6 +53,18 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
+def parameter_sizes(engine: Any) -> dict[str, int]:
+    """Elements of every trained parameter."""
+    named = engine.module.named_parameters()
+    return {name: getattr(p, "ds_numel", p.numel()) for name, p in named if p.requires_grad}
+
+
+def optimizer_bits(engine: Any, shard: Shard) -> int:
+    """8 or 32: what the role of a shard's parameters has (optimizers.ROLE_RULES); a shard holds only one role."""
+    role = engine.module.parameter_roles()[shard.pieces[0].name]
+    return next(group["optim_bits"] for group in engine.optimizer.param_groups if group["name"] == role)
+
+
 def shards(engine: Any) -> list[Shard]:
     """This rank's shards, in an order that is the same at every start with the same layout."""
     wrapper = engine.optimizer
@@ -150,8 +162,8 @@ def optimizer_state(engine: Any, shard: Shard) -> dict[str, Any]:
 
 @torch.no_grad()
 def set_optimizer_state(engine: Any, shard: Shard, state: Mapping[str, Any]) -> None:
-    """Replace the optimizer's state of one shard. Tensors move to the shard's device."""
+    """Replace the optimizer's state of one shard by copies on the shard's device."""
     device = shard.master.device
     base_optimizer(engine).state[shard.master] = {
-        name: value.to(device) if torch.is_tensor(value) else value for name, value in state.items()
+        name: value.to(device, copy=True) if torch.is_tensor(value) else value for name, value in state.items()
     }

@@ -251,7 +251,7 @@ def test_a_changed_run_is_refused(data, tmp_path):
         ({"train__global_batch_size": 16}, "train.global_batch_size is 16"),
         ({"run__seed": 4}, "run.seed is 4"),
         ({"objective__masking": "bernoulli"}, "objective.masking is 'bernoulli'"),
-        ({"zero__stage": 3}, "another layout"),
+        ({"train__precision": "fp32"}, "train.precision is 'fp32'"),
     ):
         refused = runs.attempt(runs.overrides(data, run, train__max_steps=4, **change), ranks=1, resume="auto")
         assert refused.returncode != 0
@@ -259,6 +259,10 @@ def test_a_changed_run_is_refused(data, tmp_path):
     again = runs.attempt(runs.overrides(data, run, train__max_steps=4), ranks=1)
     assert again.returncode != 0
     assert "already holds a run" in again.stdout
+    asked = {"train__global_batch_size": 16, "train__change_batch_size": True}
+    output = runs.train(runs.overrides(data, run, train__max_steps=4, **asked), ranks=1, resume="auto")
+    assert "the checkpoint was trained with 8: changed from step 3, data_pos 24 on, as asked" in output
+    assert [record["data_pos"] for record in runs.metrics(run)] == [8, 16, 24, 40]
 
 
 def test_a_run_that_is_not_finite_stops_and_says_where(data, tmp_path):

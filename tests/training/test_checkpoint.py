@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from dlm_dist import models
-from dlm_dist.training import checkpoint, checkpoint_files, checkpoint_snapshot, zero_state
+from dlm_dist.training import checkpoint, checkpoint_files, checkpoint_snapshot, optimizers, zero_state
 from dlm_dist.training.checkpoint_files import CheckpointError
 from dlm_dist.training.checkpoint_snapshot import safetensors_buffers, take_snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
-from tests.training.conftest import run_steps, tiny_engine
+from tests.training.conftest import SIZES, run_steps, tiny_engine
 
 STATE = {"global_step": 2, "data_pos": 16}
 
@@ -265,7 +265,16 @@ def test_a_full_disk_is_reported_and_harms_nothing(tmp_path, monkeypatch):
     assert checkpoint_files.verify(first) == []
 
 
-def test_another_layout_is_refused(saved):
-    engine, _ = tiny_engine("zero.stage=3", "optimizer.name=adamw8bit")
-    with pytest.raises(CheckpointError, match="another layout"):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_other_bits_of_a_role_are_refused(saved, stage, monkeypatch):
+    monkeypatch.setattr(optimizers, "ROLE_RULES", {**optimizers.ROLE_RULES, "matrix": optimizers.RoleRule(decays=True)})
+    engine, _ = tiny_engine(f"zero.stage={stage}", "optimizer.name=adamw8bit")
+    with pytest.raises(CheckpointError, match=r"8-bit optimizer states of .*q_proj.weight, which has 32-bit states"):
+        checkpoint.load_shards(engine, saved)
+
+
+def test_another_model_is_refused(saved):
+    sizes = {**SIZES, "num_hidden_layers": 1}
+    engine, _ = tiny_engine("zero.stage=2", model=models.build("qwen3", seed=0, **sizes))
+    with pytest.raises(CheckpointError, match=r"holds model\.layers\.1\..*, which is no trained parameter"):
         checkpoint.load_shards(engine, saved)
