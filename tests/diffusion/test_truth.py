@@ -15,6 +15,7 @@ import pytest
 
 from data_pipeline.rows import Rows
 from dlm_dist.diffusion.base import Vocabulary
+from dlm_dist.diffusion.block_diffusion import BlockDiffusion
 from dlm_dist.diffusion.masked import MaskedDiffusion
 from dlm_dist.diffusion.objectives import OBJECTIVES
 from dlm_dist.diffusion.schedules import SCHEDULES
@@ -82,13 +83,21 @@ def estimates(objective, losses: np.ndarray = LOSSES, rows=range(81)) -> tuple[n
 def strays(objective, losses: np.ndarray = LOSSES, truth: np.ndarray | None = None) -> float:
     """How many standard errors the mean of the estimates is away from the enumerated bound."""
     values, row_of = estimates(objective, losses)
-    residual = values - (enumerated_bound(losses) if truth is None else truth)[row_of]
+    return errors_away(values - (enumerated_bound(losses) if truth is None else truth)[row_of])
+
+
+def errors_away(residual: np.ndarray) -> float:
+    """How many standard errors the mean of the samples' residuals is away from 0."""
     # Means over 256 successive blocks, which stratified times make independent and no single sample is.
     blocks = residual.reshape(256, -1).mean(axis=1)
     return float(blocks.mean() / (blocks.std(ddof=1) / 16))
 
 
-@pytest.mark.parametrize("draws", [{}, {"draws_per_row": 2, "complementary_prob": 0.7}], ids=["", "complementary"])
+@pytest.mark.parametrize(
+    "draws",
+    [{}, {"times": "independent"}, {"draws_per_row": 2, "complementary_prob": 0.7}],
+    ids=["stratified", "independent", "complementary"],
+)
 @pytest.mark.parametrize("masking", ["exact", "bernoulli"])
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_every_schedule_estimates_the_enumerated_bound(schedule, masking, draws):
@@ -110,18 +119,61 @@ def test_the_bound_of_a_perfect_model_is_the_entropy(name):
     assert abs(blocks.mean() - entropy) < 4 * blocks.std(ddof=1) / 16
 
 
-@pytest.mark.parametrize("masking", ["exact", "bernoulli"])
-def test_one_block_at_a_time_estimates_the_bound_of_all_blocks(masking):
-    """Hidden sets are those of the first half, with all of the second; and those of the second half alone."""
+def enumerated_bound_of_blocks() -> np.ndarray:
+    """The bound in nats of each row, [81], written in two blocks: what a block is asked never sees what follows it.
+
+    Hidden sets are those of the first half, with all of the second; and those of the second half alone.
+    """
     truth = np.zeros(len(ROWS))
     for s, hidden in enumerate(SUBSETS):
         for scored in ((0, 1), (2, 3)):
             k = int(hidden[list(scored)].sum())
             if k and hidden[2:].all() if scored == (0, 1) else k and not hidden[:2].any():
                 truth += LOSSES[:, s, scored] @ hidden[list(scored)] / (k * math.comb(2, k))
-    objective = MaskedDiffusion(7, IDS, masking=masking, one_block_length=2)
+    return truth
+
+
+@pytest.mark.parametrize("masking", ["exact", "bernoulli"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_one_block_at_a_time_estimates_the_bound_of_all_blocks(schedule, masking):
+    settings = {"schedule": schedule, "schedule_parameters": PARAMETERS.get(schedule, {}), "masking": masking}
+    objective = MaskedDiffusion(7, IDS, one_block_length=2, **settings)
     assert objective.is_bound
-    assert abs(strays(objective, truth=truth)) < 4
+    assert abs(strays(objective, truth=enumerated_bound_of_blocks())) < 4
+
+
+def block_residuals(**settings) -> tuple[BlockDiffusion, np.ndarray]:
+    """Block diffusion in blocks of two, and what each of its samples sums beyond the enumerated bound of its row."""
+    objective = BlockDiffusion(5, IDS, block_lengths=((0, 2),), **settings)
+    row_of = np.arange(SAMPLES) % len(ROWS)
+    zeros = np.zeros(SAMPLES, dtype=np.int64)
+    tokens = ROWS[row_of]
+    batch = objective.corrupt(Rows(tokens, np.zeros(tokens.shape, np.int32), np.arange(SAMPLES), zeros, zeros))
+    hidden = batch.inputs == MASK
+    values = np.zeros(SAMPLES)
+    for scored, before, after in (([0, 1], [], [2, 3]), ([2, 3], [0, 1], [])):
+        seen = hidden.copy()
+        seen[:, before], seen[:, after] = False, True  # the block before as it is, nothing of the one behind
+        subset = seen @ (1 << np.arange(LENGTH)[::-1]) - 1
+        nats = np.where(subset[:, None] >= 0, LOSSES[row_of, np.maximum(subset, 0)], 0.0)
+        values += (nats * batch.weights)[:, scored].sum(axis=1)
+    return objective, values - enumerated_bound_of_blocks()[row_of]
+
+
+@pytest.mark.parametrize("masking", ["exact", "bernoulli"])
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_block_diffusion_estimates_the_bound_of_its_blocks(schedule, masking):
+    parameters = PARAMETERS.get(schedule, {})
+    objective, residual = block_residuals(schedule=schedule, schedule_parameters=parameters, masking=masking)
+    assert objective.is_bound
+    assert abs(errors_away(residual)) < 4
+
+
+@pytest.mark.parametrize("settings", [{"t_min": 0.3}, {"t_max": 0.6}, {"t_min": 0.3, "masking": "bernoulli"}], ids=str)
+def test_clipped_block_diffusion_is_no_bound(settings):
+    objective, residual = block_residuals(**settings)
+    assert not objective.is_bound
+    assert abs(errors_away(residual)) > 5
 
 
 BOUNDS = [
