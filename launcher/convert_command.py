@@ -127,9 +127,10 @@ def _convert_to(arguments: argparse.Namespace) -> None:
     from dlm_dist.models.conversion_blinkdl import write_blinkdl
     from dlm_dist.models.conversion_fla import write_fla
     from dlm_dist.models.conversion_qwen3 import write_qwen3
+    from dlm_dist.training.checkpoint_files import require_whole
     from launcher import qwen3_files
 
-    _require_whole(arguments.source)
+    require_whole(arguments.source, ("model/",))
     weights = _ready(read_folder(arguments.source), arguments)
     if arguments.target_layout == "qwen3":
         write_qwen3(weights, arguments.destination, qwen3_files.restorer(arguments.source))
@@ -155,16 +156,6 @@ def _world_tokenizer(source: Path, vocab_size: int) -> Tokenizer:
     from data_pipeline import tokenizers
 
     return tokenizers.load("rwkv-world")
-
-
-def _require_whole(checkpoint: Path) -> None:
-    """Raise ValueError if the weights of a published checkpoint are not what was written."""
-    from dlm_dist.training.checkpoint_files import MANIFEST, TRAINER_STATE, verify
-
-    if (checkpoint / MANIFEST).is_file() and (checkpoint / TRAINER_STATE).is_file():
-        problems = verify(checkpoint, only=("model/",))
-        if problems:
-            raise ValueError(f"{checkpoint} is damaged: {problems[0]}")
 
 
 def _described(weights: Weights[Any]) -> str:

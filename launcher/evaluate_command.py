@@ -77,8 +77,10 @@ def _positive(text: str) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Print the bound. Returns 0; raises ValueError for the user's mistakes. Collective where RANK is set."""
+    from dlm_dist.training.checkpoint_files import require_whole
+
     source, train = _open_both(arguments)
-    _require_whole(arguments.checkpoint)
+    require_whole(arguments.checkpoint)
     compared = _require_same_tokens(arguments.checkpoint, source)
     if train is not None and train.tokenizer_description["fingerprint"] != source.tokenizer_description["fingerprint"]:
         raise ValueError(f"{train.path} and {source.path} were built with different tokenizers")
@@ -204,16 +206,6 @@ def _open_both(arguments: argparse.Namespace) -> tuple[Source, Source | None]:
 
     source = opened(arguments.data, "validation")
     return source, opened(arguments.unigram_from, "train") if arguments.unigram_from is not None else None
-
-
-def _require_whole(checkpoint: Path) -> None:
-    """Raise ValueError if what is read of a published checkpoint is not what was written."""
-    from dlm_dist.training.checkpoint_files import MANIFEST, TRAINER_STATE, verify
-
-    if (checkpoint / MANIFEST).is_file() and (checkpoint / TRAINER_STATE).is_file():
-        problems = verify(checkpoint, only=("model/", "tokenizer/", TRAINER_STATE))
-        if problems:
-            raise ValueError(f"{checkpoint} is damaged: {problems[0]}")
 
 
 def _require_same_tokens(checkpoint: Path, source: Source) -> bool:

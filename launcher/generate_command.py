@@ -87,9 +87,11 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from data_pipeline.tokenizer_base import Tokenizer
     from dlm_dist.generation.samplers import until_the_end
     from dlm_dist.models import load
+    from dlm_dist.training.checkpoint_files import require_whole
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
+    require_whole(folder)
     model: Any = load(folder)
     model.to(torch.device(device))
     tokenizer = Tokenizer.load(_tokenizer_folder(folder))

@@ -22,7 +22,7 @@ FILES = {
 }
 
 
-def publish(checkpoints: Path, step: int) -> Path:
+def publish(checkpoints: Path, step: int, masters: bytes = b"masters") -> Path:
     """A published checkpoint with a real manifest; its tensors are any bytes."""
     state = {
         "global_step": step,
@@ -32,7 +32,7 @@ def publish(checkpoints: Path, step: int) -> Path:
         "topology": {"world_size": 2, "zero_stage": 3, "precision": "bf16"},
     }
     staging = checkpoints / ".staging"
-    contents = FILES | {"trainer_state.json": json.dumps(state).encode()}
+    contents = FILES | {"trainer_state.json": json.dumps(state).encode(), "tensors/rank-00000.safetensors": masters}
     written = checkpoint_files.write_files(staging, {name: [memoryview(text)] for name, text in contents.items()})
     checkpoint_files.publish(written, staging, checkpoints / f"step-{step}")
     return checkpoints / f"step-{step}"

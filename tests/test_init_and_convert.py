@@ -109,9 +109,9 @@ def test_a_damaged_checkpoint_is_not_exported(config: Path, tmp_path: Path, caps
     assert dlm("init", config, step / "model") == 0
     files = {}
     (step / "trainer_state.json").write_text("{}")
-    for name in ("trainer_state.json", "model/config.json", "model/model.safetensors"):
-        content = (step / name).read_bytes()
-        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    for file in [path for path in step.rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        files[file.relative_to(step).as_posix()] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (step / "manifest.json").write_text(json.dumps({"format_version": 1, "files": files}))
     assert dlm("convert", "--to", "blinkdl", step, tmp_path / "whole.pth") == 0
     weights = bytearray((step / "model" / "model.safetensors").read_bytes())

@@ -7,6 +7,7 @@ checkpoint_writer.py, what concerns the files alone in checkpoint_files.py.
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from dlm_dist.training import zero_state
-from dlm_dist.training.checkpoint_files import CheckpointError, list_checkpoints, verify
+from dlm_dist.training.checkpoint_files import (
+    MANIFEST,
+    CheckpointError,
+    file_sha256,
+    find_damage,
+    list_checkpoints,
+)
 from dlm_dist.training.elastic import SavedShards
 
 
@@ -38,31 +45,66 @@ def on_rank_0(action: Callable[[], None], what: str) -> None:
 
 
 def verify_together(path: Path) -> list[str]:
-    """`verify` with the files dealt out to the ranks; the same answer everywhere. Collective."""
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, verify(path, (dist.get_rank(), dist.get_world_size())))
-    return [problem for report in reports for problem in report]
+    """`verify` on all ranks, which share the hashing; the same answer everywhere. Collective.
+
+    Raises CheckpointError on every rank where one sees another checkpoint at `path` than rank 0, as on a network file
+    system that lags: the ranks would load parts that do not belong together, or leave out a checkpoint that is whole.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    manifest = path / MANIFEST
+    seen = _gathered(file_sha256(manifest) if manifest.is_file() else "none")
+    _require_same_view(path, {other: "another manifest.json" for other in range(world) if seen[other] != seen[0]})
+    reports = _gathered(find_damage(path, (rank, world)))
+    problems = {name: problem for report in reports for name, problem in report.items()}
+    if not problems:
+        return []
+    # Damaged for everyone, or not yet there for one of them?
+    own = [find_damage(path, only=tuple(problems)) if rank == 0 else {}]
+    dist.broadcast_object_list(own, src=0)
+    _require_same_view(
+        path,
+        {
+            other: problem
+            for other, report in enumerate(reports)
+            for name, problem in report.items()
+            if name not in own[0]
+        },
+    )
+    return list(problems.values())
+
+
+def _require_same_view(path: Path, others: Mapping[int, str]) -> None:
+    """CheckpointError where there are `others`: {rank: what it sees}, the same on every rank. Collective."""
+    hosts = _gathered(platform.node())
+    if others:
+        rank, what = next(iter(others.items()))
+        raise CheckpointError(
+            f"rank {rank} on {hosts[rank]} does not see {path} as rank 0 on {hosts[0]} does ({what}): all ranks "
+            "must share one file system; if they do, it lags: start again"
+        )
+
+
+def _gathered(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def find_resumable(folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from -> (path or None, what was passed over and why). Collective.
 
     `wanted` is "auto" (the newest that verifies; None if there is no checkpoint at all) or the path of one,
-    which must verify. Rank 0's view of the folder is the one that counts. Raises CheckpointError.
+    which must verify. Rank 0 says which ones there are, and all ranks must see them alike. Raises CheckpointError.
     """
-    if wanted != "auto":
-        path = Path(wanted)
-        problems = verify_together(path)
-        if problems:
-            raise CheckpointError(f"cannot resume from {path}: {problems[0]}")
-        return path, []
-    candidates: list[Any] = [list_checkpoints(folder)]
+    candidates: list[Any] = [list_checkpoints(folder) if wanted == "auto" else [Path(wanted)]]
     dist.broadcast_object_list(candidates, src=0)
     passed_over: list[str] = []
     for path in reversed(candidates[0]):
         problems = verify_together(path)
         if not problems:
             return path, passed_over
+        if wanted != "auto":
+            raise CheckpointError(f"cannot resume from {path}: {problems[0]}")
         passed_over.append(f"{path} does not verify: {problems[0]}")
     if passed_over:
         raise CheckpointError(

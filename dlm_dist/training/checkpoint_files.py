@@ -13,12 +13,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
+_READ_BY_NAME = ("model", "tokenizer", "tensors")
+_INDEX = ".safetensors.index.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _BLOCK_BYTES = 2**24
 _FLUSH_BYTES = 2**26
@@ -204,6 +206,10 @@ def read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error})") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {version}, this version reads {FORMAT_VERSION}")
+    for name in files:
+        plain = PurePosixPath(name)
+        if name != plain.as_posix() or name in (".", MANIFEST) or {"..", "/"} & set(plain.parts):
+            raise CheckpointError(f"{path / MANIFEST} names {name!r}, which is outside the checkpoint or no plain path")
     if TRAINER_STATE not in files:
         raise CheckpointError(f"{path / MANIFEST} is damaged (it does not name {TRAINER_STATE})")
     return files
@@ -216,28 +222,72 @@ def verify(
     advance: Callable[[int], None] | None = None,
     hashes: bool = True,
 ) -> list[str]:
-    """What is wrong with a checkpoint: [] if every file has the size and (`hashes`) the SHA-256 of the manifest.
+    """What is wrong with a checkpoint: [] if it holds the files of its manifest as they were written, and no others.
 
-    `only` files whose path starts with one of these are checked; of them, with `share` = (i, n), every n-th one,
-    starting with the i-th. `advance` hears of the bytes read.
+    Every file must be a plain one inside the folder, of the recorded size and (`hashes`) SHA-256; what libraries read
+    by the names they find (`_READ_BY_NAME`) must hold nothing that the manifest does not name. `only` files whose path
+    starts with one of these are checked; with `share` = (i, n) every n-th one, starting with the i-th, is hashed.
+    `advance` hears of the bytes read.
     """
+    return list(find_damage(path, share, only, advance, hashes).values())
+
+
+def find_damage(
+    path: Path,
+    share: tuple[int, int] = (0, 1),
+    only: tuple[str, ...] = ("",),
+    advance: Callable[[int], None] | None = None,
+    hashes: bool = True,
+) -> dict[str, str]:
+    """`verify` by file: relative path -> what is wrong with it."""
     try:
         files = read_manifest(path)
     except CheckpointError as error:
-        return [str(error)]
-    problems = []
-    chosen = sorted(name for name in files if name.startswith(only))
-    for name in chosen[share[0] :: share[1]]:
-        file, entry = path / name, files[name]
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            problems.append(f"{name} points outside the checkpoint")
+        return {MANIFEST: str(error)}
+    problems = {}
+    names = {*files, *_read_by_name(path)}
+    chosen = sorted(name for name in names if name.startswith(only))
+    hashed = set(chosen[share[0] :: share[1]]) if hashes else set()
+    for name in chosen:
+        file, entry = path / name, files.get(name)
+        if any(part.is_symlink() for part in (file, *file.parents[: name.count("/")])):
+            problems[name] = f"{file} is a link, or behind one"
+        elif entry is None:
+            problems[name] = f"{file} is not named in the manifest"
         elif not file.is_file():
-            problems.append(f"{file} is missing")
+            problems[name] = f"{file} is missing"
         elif file.stat().st_size != entry["size"]:
-            problems.append(f"{file} has {file.stat().st_size} bytes instead of {entry['size']}")
-        elif hashes and file_sha256(file, advance) != entry["sha256"]:
-            problems.append(f"{file} does not have its recorded SHA-256")
+            problems[name] = f"{file} has {file.stat().st_size} bytes instead of {entry['size']}"
+        elif name in hashed and file_sha256(file, advance) != entry["sha256"]:
+            problems[name] = f"{file} does not have its recorded SHA-256"
+        elif name.endswith(_INDEX) and (stray := _stray_shards(file, name, files)):
+            problems[name] = f"{file} names {stray[0]!r}, which is no file of the checkpoint"
     return problems
+
+
+def _read_by_name(path: Path) -> set[str]:
+    """What lies in the folders whose files are found by their names; hidden files are nobody's."""
+    found = [file for folder in _READ_BY_NAME for file in (path / folder).rglob("*")]
+    read = [file for file in found if not file.name.startswith(".") and (file.is_symlink() or not file.is_dir())]
+    return {file.relative_to(path).as_posix() for file in read}
+
+
+def _stray_shards(index: Path, name: str, files: Mapping[str, Any]) -> list[str]:
+    """The files that the index of a model in several files names and that are not beside it."""
+    try:
+        shards = sorted({str(shard) for shard in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ["nothing readable"]
+    return [shard for shard in shards if "/" in shard or name.replace(index.name, shard) not in files]
+
+
+def require_whole(path: Path, only: tuple[str, ...] = ("model/", "tokenizer/", TRAINER_STATE)) -> None:
+    """CheckpointError if `path` is a checkpoint, or the model/ folder of one, and `only` is not what was written."""
+    for folder in (path, path.parent):
+        if (folder / MANIFEST).is_file() and (folder / TRAINER_STATE).is_file():
+            if problems := verify(folder, only=only):
+                raise CheckpointError(f"{folder} is damaged: {problems[0]}")
+            return
 
 
 def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:

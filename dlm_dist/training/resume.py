@@ -60,16 +60,19 @@ def find_resume(run_dir: Path, wanted: str | None) -> tuple[Resume | None, list[
     """
     folder = run_dir / "checkpoints"
     used = bool(checkpoint_files.list_checkpoints(folder)) or (run_dir / "metrics.jsonl").exists()
+    if wanted not in (None, "auto") and not Path(wanted).exists() and (run_dir / wanted).exists():
+        wanted = str(run_dir / wanted)
+    # What rank 0 sees counts: a file system that lags must not send the ranks different ways.
+    used, wanted = _from_rank_0((used, wanted))
     if wanted is None:
         if used:
             raise ConfigError([f"run.dir {run_dir} already holds a run: add --resume auto, or choose another folder"])
         return None, []
-    if wanted != "auto" and not Path(wanted).exists() and (run_dir / wanted).exists():
-        wanted = str(run_dir / wanted)
     path, passed_over = checkpoint.find_resumable(folder, wanted)
     if path is None:
         return None, []
-    if used and path.resolve().parent != folder.resolve():
+    own, state = _from_rank_0((path.resolve().parent == folder.resolve(), checkpoint_files.load_trainer_state(path)))
+    if used and not own:
         raise ConfigError(
             [
                 f"{path} belongs to another run than run.dir {run_dir}, which is not empty: resume in its own folder, "
@@ -77,7 +80,13 @@ def find_resume(run_dir: Path, wanted: str | None) -> tuple[Resume | None, list[
             ]
         )
     notes = [f"passed over: {problem}" for problem in passed_over]
-    return Resume(path, checkpoint_files.load_trainer_state(path)), notes
+    return Resume(path, state), notes
+
+
+def _from_rank_0(value: Any) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def leave_other_branches(run_dir: Path, resumed: Resume | None) -> list[str]:
@@ -95,8 +104,7 @@ def leave_other_branches(run_dir: Path, resumed: Resume | None) -> list[str]:
         checkpoint_files.sweep(folder)
 
     checkpoint.on_rank_0(make_room, f"cannot start in {run_dir}")
-    dist.broadcast_object_list(notes, src=0)
-    found: list[str] = notes[0]
+    found: list[str] = _from_rank_0(notes[0])
     return found
 
 

@@ -20,6 +20,7 @@ from data_pipeline.source import Source
 from dlm_dist import models
 from dlm_dist.config import BatchPlan, ConfigError, RunConfig, updated
 from dlm_dist.models.warm_start import fitting_sizes, initialize_from
+from dlm_dist.training.checkpoint_files import require_whole
 from dlm_dist.training.zero_state import Part
 
 
@@ -135,6 +136,8 @@ def _whole(config: RunConfig, described: Any, checkpoint: Path | None) -> tuple[
     model.initialize_(config.run.seed)
     if config.model.init_from is None:
         return model, None
+    if config.model.init_revision is None:
+        require_whole(Path(config.model.init_from), ("model/",))
     return model, initialize_from(model, config.model.init_from, config.model.init_revision)
 
 

@@ -125,7 +125,14 @@ def test_safetensors_files_are_what_the_library_reads(tmp_path):
         assert torch.equal(read[name], tensor)
 
 
-FILES = ["trainer_state.json", "model/model.safetensors", "tensors/rank-00000.safetensors", "tensors/rank-00000.json"]
+FILES = [
+    "trainer_state.json",
+    "model/config.json",
+    "model/model.safetensors",
+    "tensors/rank-00000.safetensors",
+    "tensors/rank-00000.json",
+    "tokenizer/tokenizer.json",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -156,11 +163,80 @@ def test_a_checkpoint_without_manifest_does_not_exist(copy):
     assert "manifest.json" in checkpoint_files.verify(copy)[0]
 
 
-def test_a_manifest_cannot_point_outside(copy):
+@pytest.mark.parametrize("at", [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1])
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_any_damage_to_the_manifest_is_found(copy, at, damage):
+    content = bytearray((copy / "manifest.json").read_bytes())
+    place = int(at * (len(content) - 1))
+    content[place] ^= 1
+    (copy / "manifest.json").write_bytes(content if damage == "flip" else content[:place])
+    assert checkpoint_files.verify(copy)
+
+
+OUTSIDE = ["../../secret", "/etc/passwd", "model/../../secret", "model//x", "./x", ".", "manifest.json", ""]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_cannot_point_outside(copy, name):
+    """Not even at a file that is there and has the size and hash that it says."""
+    (copy.parent / "secret").write_bytes(b"1")
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["../../secret"] = {"size": 1, "sha256": ""}
+    manifest["files"][name] = {"size": 1, "sha256": checkpoint_files.file_sha256(copy.parent / "secret")}
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    assert any("outside" in problem for problem in checkpoint_files.verify(copy))
+    (problem,) = checkpoint_files.verify(copy)
+    assert f"names {name!r}, which is outside" in problem
+    with pytest.raises(CheckpointError, match="outside"):
+        checkpoint.find_resumable(copy.parent, str(copy))
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "tensors/rank-00000.json", "trainer_state.json", "model"])
+def test_no_file_of_a_checkpoint_is_a_link(copy, name):
+    """The same bytes behind a link are somebody else's to change."""
+    elsewhere = copy.parent / "elsewhere"
+    (copy / name).rename(elsewhere)
+    (copy / name).symlink_to(elsewhere)
+    problems = checkpoint_files.verify(copy)
+    assert problems
+    assert all("is a link, or behind one" in problem for problem in problems)
+
+
+def test_a_checkpoint_behind_a_link_is_one(copy, tmp_path):
+    (tmp_path / "scratch").symlink_to(copy.parent)
+    assert checkpoint_files.verify(tmp_path / "scratch" / copy.name) == []
+
+
+@pytest.mark.parametrize("name", ["model/adapter_config.json", "tokenizer/code.py", "tensors/rank-00001.json"])
+def test_nothing_is_slipped_in_where_files_are_read_by_name(copy, name):
+    (copy / name).write_text("{}")
+    (copy / "model" / ".nfs123").write_text("hidden files are nobody's")
+    (copy / "notes.txt").write_text("neither is what lies beside")
+    assert checkpoint_files.verify(copy) == [f"{copy / name} is not named in the manifest"]
+
+
+@pytest.mark.parametrize(
+    "shard", ["../../../weights.safetensors", "/weights.safetensors", "other.safetensors", 3, None]
+)
+def test_an_index_names_only_files_of_the_checkpoint(copy, shard):
+    """With a manifest that fits it: as if someone had made the whole folder."""
+    content = {"weight_map": {"x": "model.safetensors", "y": shard}} if shard is not None else {}
+    index = copy / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps(content))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    entry = {"size": index.stat().st_size, "sha256": checkpoint_files.file_sha256(index)}
+    manifest["files"]["model/model.safetensors.index.json"] = entry
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (problem,) = checkpoint_files.verify(copy)
+    assert "which is no file of the checkpoint" in problem
+
+
+@pytest.mark.parametrize("place", [".", "model"])
+def test_commands_read_a_checkpoint_only_if_it_is_whole(copy, place):
+    checkpoint_files.require_whole(copy / place)
+    file = copy / "model" / "config.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(CheckpointError, match=r"step-2 is damaged: .*config.json has"):
+        checkpoint_files.require_whole(copy / place)
+    checkpoint_files.require_whole(copy.parent)
 
 
 def test_auto_falls_back_to_the_newest_that_verifies(saved, tmp_path):
