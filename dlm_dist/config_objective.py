@@ -235,6 +235,11 @@ class ObjectiveSection(Section):
         description="strength of the pull on each scored token's highest logit, which leaves the loss's value as it "
         "is; 0 = none; 1e-4 is RWKV's",
     )
+    z_loss: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="strength of the pull of each scored token's log-partition function towards 0, which leaves the "
+        "loss's value as it is; 0 = none; 1e-4 is PaLM's",
+    )
 
     def settings(self) -> dict[str, Any]:
         """What the objective is made with: its own keys that are set."""

@@ -10,6 +10,8 @@ A row's loss is what it costs to name its target, and what else is asked for:
   which is known only after the forward pass of all ranks; here each such row has the weight of its cross entropy.
 - L2Wrap (BlinkDL, RWKV-LM) keeps logits from drifting: the loss stays as it is, and the gradient of each row's
   highest logit gets an addition in proportion to that logit, as from a term l2wrap / 2 * (highest logit)^2 per row.
+- z-loss (PaLM, arXiv 2204.02311) keeps log-partition functions near 0: the loss stays as it is here too, and the
+  gradient is that of a further term z_loss * lse^2 per row, lse being the log of the sum of the row's exponentials.
 
 What is not asked for costs nothing: no pass over the logits, no memory.
 """
@@ -52,14 +54,16 @@ def weighted_cross_entropy(
     l2wrap: float | None = None,
     label_smoothing: float = 0.0,
     confidence_weight: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """sum_i weights[i] * (loss of row i), and the losses of the rows before their weights, [M] fp32 without gradient.
 
-    Arguments and errors as in `weighted_cross_entropy_sum`, whose sum this is with the last three left out.
+    Arguments and errors as in `weighted_cross_entropy_sum`, whose sum this is with the last four left out.
     `label_smoothing` in [0, 1) and `confidence_weight` (finite, from 0) are e and c above. Logits that are equal, as
     rounded ones may be, are all the highest: the target need only be one of them.
     `l2wrap`: the backward pass adds l2wrap * (row i's highest logit) * (gradient of the sum) to the gradient of that
     logit, of the lowest id where several are equally high; rows' weights do not enter. None or 0: nothing is added.
+    `z_loss`: the backward pass adds z_loss * (gradient of lse^2) * (gradient of the sum) likewise.
     """
     _check(hidden, weight, targets, weights)
     if not 0.0 <= label_smoothing < 1.0:
@@ -68,7 +72,7 @@ def weighted_cross_entropy(
         raise ValueError(f"confidence_weight is {confidence_weight}: it must be at least 0 and finite.")
     block = _block(hidden, block_size)
     total, rows = _BlockedCrossEntropy.apply(
-        hidden, weight, targets, weights, block, l2wrap or 0.0, label_smoothing, confidence_weight
+        hidden, weight, targets, weights, block, l2wrap or 0.0, label_smoothing, confidence_weight, z_loss
     )
     return total, rows
 
@@ -94,6 +98,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         l2wrap: float,
         label_smoothing: float,
         confidence_weight: float,
+        z_loss: float,
     ) -> tuple[Tensor, Tensor]:
         operand = _as_operand(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -110,6 +115,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(operand, weight, targets, weights, rows, *statistics)
         ctx.block_size, ctx.hidden_dtype = block_size, hidden.dtype
         ctx.l2wrap, ctx.label_smoothing, ctx.confidence_weight = l2wrap, label_smoothing, confidence_weight
+        ctx.z_loss = z_loss
         ctx.mark_non_differentiable(rows)
         return total, rows
 
@@ -128,6 +134,8 @@ class _BlockedCrossEntropy(torch.autograd.Function):
                 ctx.l2wrap * grad_total,
                 weight.shape[0],
             )
+            if ctx.z_loss != 0.0:
+                form = form._replace(softmax=form.softmax + 2.0 * ctx.z_loss * grad_total * statistics.lse)
             grad_hidden, grad_weight = gradients(
                 operand, weight, targets, statistics.lse, form, ctx.block_size, wants_hidden, wants_weight
             )
@@ -136,7 +144,7 @@ class _BlockedCrossEntropy(torch.autograd.Function):
             grad_weights = (rows * grad_total).to(weights.dtype) if wants_weights else None
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(ctx.hidden_dtype)
-        return grad_hidden, grad_weight, None, grad_weights, None, None, None, None
+        return grad_hidden, grad_weight, None, grad_weights, None, None, None, None, None
 
 
 def _logit_gradient(

@@ -32,6 +32,7 @@ class LossHead(nn.Linear):
         l2wrap: float | None = None,
         label_smoothing: float = 0.0,
         confidence_weight: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(
@@ -43,19 +44,20 @@ class LossHead(nn.Linear):
         l2wrap: float | None = None,
         label_smoothing: float = 0.0,
         confidence_weight: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [..., V] of `hidden` [..., C]; with `targets` [M] and `weights` [M] fp32 the loss of `hidden` [M, C].
 
         The loss is sum_i weights[i] * cross entropy of row i, 0-d fp32; with `per_row` it comes together with the
-        unweighted losses of the rows, [M] fp32 without gradient. M may be 0. `label_smoothing`, `confidence_weight`
-        and `l2wrap`: see `weighted_cross_entropy`. For BlinkDL's L2Wrap of strength s per mean over N rows, of whose
-        loss this sum over D is a part, `l2wrap` is s * D / N.
+        unweighted losses of the rows, [M] fp32 without gradient. M may be 0. `label_smoothing`, `confidence_weight`,
+        `l2wrap` and `z_loss`: see `weighted_cross_entropy`. For an L2Wrap or z-loss of strength s per mean over N rows,
+        of whose loss this sum over D is a part, it is s * D / N.
         """
         if targets is None and weights is None and not per_row:
             return super().forward(hidden)
         if targets is None or weights is None:
             raise ValueError("A loss needs both targets [M] and weights [M].")
         total, rows = weighted_cross_entropy(
-            hidden, self.weight, targets, weights, None, l2wrap, label_smoothing, confidence_weight
+            hidden, self.weight, targets, weights, None, l2wrap, label_smoothing, confidence_weight, z_loss
         )
         return (total, rows) if per_row else total

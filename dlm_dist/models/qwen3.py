@@ -134,6 +134,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         l2wrap: float | None = None,
         label_smoothing: float = 0.0,
         confidence_weight: float = 0.0,
+        z_loss: float = 0.0,
     ) -> DenoiserOutput | Tensor | tuple[Tensor, Tensor]:
         """Logits of every position, or the loss of the supervised ones.
 
@@ -149,7 +150,8 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
-        the unweighted losses [M] fp32. `l2wrap`, `label_smoothing`, `confidence_weight`: see `LossHead.forward`.
+        the unweighted losses [M] fp32. `l2wrap`, `label_smoothing`, `confidence_weight`, `z_loss`: as
+        `LossHead.forward`.
         """
         if prompt_and_own_block and (block_ids is None or clean_ids is not None):
             raise ValueError("prompt_and_own_block needs block_ids [B, T], and takes no clean_ids.")
@@ -186,7 +188,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         if targets is None or weights is None:
             raise ValueError("supervised rows need targets [M] and weights [M] beside them.")
         rows = hidden.flatten(0, 1).index_select(0, supervised)
-        return self.lm_head(rows, targets, weights, per_row, l2wrap, label_smoothing, confidence_weight)
+        return self.lm_head(rows, targets, weights, per_row, l2wrap, label_smoothing, confidence_weight, z_loss)
 
     def incremental(
         self, input_ids: Tensor, state: DynamicCache | None = None, block_length: int | None = None

@@ -224,6 +224,7 @@ class RWKV7ForDiffusion(PreTrainedModel):
         l2wrap: float | None = None,
         label_smoothing: float = 0.0,
         confidence_weight: float = 0.0,
+        z_loss: float = 0.0,
     ) -> DenoiserOutput | Tensor | tuple[Tensor, Tensor]:
         """Logits of every position, or the loss of the supervised ones.
 
@@ -235,7 +236,8 @@ class RWKV7ForDiffusion(PreTrainedModel):
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
         [M] and `weights` [M] fp32: sum_i weights[i] * CE of row supervised[i], 0-d fp32; with `per_row` also
-        the unweighted losses [M] fp32. `l2wrap`, `label_smoothing`, `confidence_weight`: see `LossHead.forward`.
+        the unweighted losses [M] fp32. `l2wrap`, `label_smoothing`, `confidence_weight`, `z_loss`: as
+        `LossHead.forward`.
         """
         x = self.body(input_ids, document_ids, block_ids, clean_ids, mask_noise_keys, mask_noise_scales)
         if supervised is None:
@@ -244,7 +246,7 @@ class RWKV7ForDiffusion(PreTrainedModel):
             raise ValueError("supervised rows need targets [M] and weights [M] beside them.")
         # The norm works row by row, so only the rows that the head will see go through it.
         rows = self.ln_out(x.flatten(0, 1).index_select(0, supervised))
-        return self.head(rows, targets, weights, per_row, l2wrap, label_smoothing, confidence_weight)
+        return self.head(rows, targets, weights, per_row, l2wrap, label_smoothing, confidence_weight, z_loss)
 
     def body(
         self,

@@ -157,14 +157,15 @@ class Trainer:
         """Forward and backward over the micro-batches, one update unless it is refused. Collective.
 
         DeepSpeed averages gradients over ranks, so each micro-batch's sum is scaled by ranks / denominator: the
-        gradient is then exactly that of the global sum over the global denominator. L2Wrap is a mean over the rows
-        that enter the loss, whatever that denominator is.
+        gradient is then exactly that of the global sum over the global denominator. L2Wrap and z-loss are means
+        over the rows that enter the loss, whatever that denominator is.
         """
         scale = dist.get_world_size() / totals.denominator
-        l2wrap = self.config.objective.l2wrap
+        objective = self.config.objective
         extra = dict(self.head_settings)
-        if l2wrap:
-            extra["l2wrap"] = l2wrap * totals.denominator / max(1, totals.supervised)
+        for name, strength in (("l2wrap", objective.l2wrap), ("z_loss", objective.z_loss)):
+            if strength:
+                extra[name] = strength * totals.denominator / max(1, totals.supervised)
         total = torch.zeros((), device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
         verdict = None
         for number, micro_batch in enumerate(batch.micro_batches, 1):

@@ -123,8 +123,8 @@ def _identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     # What decides nothing after the start, and how the same numbers are computed.
     free = ("init_from", "init_revision", "gradient_checkpointing", "wkv7_kernel", "attention_kernel")
     model = {key: value for key, value in tree["model"].items() if key not in free}
-    # L2Wrap's strength may be changed on the way, as the learning rate and the weight decay may.
-    objective = {key: value for key, value in tree["objective"].items() if key != "l2wrap"}
+    # These strengths may be changed on the way, as the learning rate and the weight decay may.
+    objective = {key: value for key, value in tree["objective"].items() if key not in ("l2wrap", "z_loss")}
     kept = ("random_length_prob", "random_length_group", "isolate_documents", "max_samples", "order")
     data = {key: tree["data"][key] for key in kept}
     return {

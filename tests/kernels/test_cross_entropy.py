@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -179,6 +180,14 @@ def test_l2wrap_in_bf16() -> None:
     assert (weight.grad.double() - grad_weight).norm() / grad_weight.norm() < 0.01
 
 
+def test_without_rows_the_gradient_of_a_loss_that_is_no_number_is_none_either() -> None:
+    """So that a step whose last rows are none can still be refused."""
+    hidden, weight, targets, weights = _inputs(0, 8, 11, torch.float32)
+    total = weighted_cross_entropy(hidden, weight, targets, weights)[0]
+    (gradient,) = torch.autograd.grad(total * math.nan, weight)
+    assert gradient.isnan().all()
+
+
 def test_l2wrap_without_rows_adds_nothing() -> None:
     hidden, weight, targets, weights = _inputs(0, 16, 101, torch.float32)
     total, _ = weighted_cross_entropy(hidden, weight, targets, weights, None, 1.0)
@@ -194,6 +203,7 @@ class _Terms:
     label_smoothing: float = 0.0
     confidence_weight: float = 0.0
     l2wrap: float = 0.0
+    z_loss: float = 0.0
 
     def settings(self) -> dict[str, float]:
         return asdict(self)
@@ -211,6 +221,7 @@ class _Terms:
         rows = rows + self.confidence_weight * torch.where(logits.argmax(dim=1) == targets, entropy, 0.0)
         total = (rows * leaves[2]).sum()
         drift = self.l2wrap / 2 * logits.amax(dim=1).square().sum()
+        drift = drift + self.z_loss * logits.logsumexp(dim=1).square().sum()
         gradients = torch.autograd.grad(total + drift, leaves)
         return total.detach(), rows.detach(), gradients
 
@@ -219,7 +230,8 @@ _TERMS = (
     _Terms(label_smoothing=0.1),
     _Terms(confidence_weight=2.0),
     _Terms(label_smoothing=0.3, confidence_weight=0.5),
-    _Terms(label_smoothing=0.1, confidence_weight=2.0, l2wrap=0.05),
+    _Terms(z_loss=0.3),
+    _Terms(label_smoothing=0.1, confidence_weight=2.0, l2wrap=0.05, z_loss=0.02),
 )
 
 

@@ -30,9 +30,9 @@ class PlainEngine(SimpleNamespace):
         pass
 
 
-def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0):
+def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0, changes: tuple[str, ...] = ()):
     """(loss, gradients, keyword arguments of the first forward) of a step with micro-batches of `scored` rows."""
-    config = tiny_config(f"objective.l2wrap={l2wrap}")
+    config = tiny_config(f"objective.l2wrap={l2wrap}", *changes)
     engine = PlainEngine(module=tiny_model(), calls=[])
     trainer = Trainer(
         config=config,
@@ -84,6 +84,26 @@ def test_l2wrap_is_a_mean_over_the_scored_rows_of_the_step(scored):
     for name, parameter in model.named_parameters():
         difference = wrapped[name] - plain[name]
         assert (difference - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-8, name
+
+
+def test_z_loss_is_a_mean_over_the_scored_rows_and_no_part_of_the_loss():
+    from dlm_dist.models.loss_head import LossHead
+
+    seen = []
+    forward = LossHead.forward
+
+    def spy(self, *arguments, **named):
+        seen.append((arguments, named))
+        return forward(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LossHead, "forward", spy)
+        plain, _, _ = gradients(0.0, [3, 5])
+        loss, _, call = gradients(0.0, [3, 5], changes=("objective.z_loss=0.25",))
+    assert loss == plain
+    # 32 tokens are accounted for, 8 of them enter the loss.
+    assert call["z_loss"] == 0.25 * 32 / 8
+    assert seen[-1][0][-1] == call["z_loss"]
 
 
 def test_without_l2wrap_the_model_is_not_asked_for_it():
