@@ -171,7 +171,8 @@ class MetricsLog:
         if self._wandb is not None:
             numbers = {key: value for key, value in record.items() if isinstance(value, float)}
             for bucket in record["loss_by_time"] or ():
-                numbers[f"loss at t {bucket['first']:.1f}-{bucket['last']:.1f}"] = bucket["nats_per_token"]
+                if bucket["draws"]:
+                    numbers[f"loss at t {bucket['first']:.1f}-{bucket['last']:.1f}"] = bucket["nats_per_token"]
             self._wandb.log({f"validation/{key}": value for key, value in numbers.items()}, step=record["step"])
 
     def sample(self, step: int, text: str) -> None:
