@@ -1,4 +1,4 @@
-"""`dlm checkpoint list | verify`: what a run has saved, and whether it is whole."""
+"""`dlm checkpoint list | verify`: what a run has saved, and whether it is whole. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from launcher.checkpoint_tensor_commands import add_diff_and_export
 
 # Reading as much as this takes seconds: worth a progress bar.
 _LARGE_BYTES = 2**30
@@ -35,12 +37,13 @@ class Entry:
 
 def add_checkpoint_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `dlm checkpoint` with its sub-commands."""
-    checkpoint = subparsers.add_parser("checkpoint", help="list and verify checkpoints")
+    checkpoint = subparsers.add_parser("checkpoint", help="list, verify, compare and export checkpoints")
     commands = checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True)
     listing = commands.add_parser(
         "list",
         help="show what a run has saved",
-        description="Show the checkpoints of a run, oldest first. `dlm checkpoint verify` says whether they are whole.",
+        description="Show the checkpoints of a run, oldest first; a file that is missing or has another size is told. "
+        "`dlm checkpoint verify` reads every byte.",
     )
     listing.add_argument("path", metavar="RUN", type=Path, help="folder of a run, or its checkpoints/")
     listing.set_defaults(run=run_list)
@@ -54,6 +57,7 @@ def add_checkpoint_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     verify.set_defaults(run=run_verify)
     for command in (listing, verify):
         command.add_argument("--json", action="store_true", help="print one JSON object")
+    add_diff_and_export(commands)
 
 
 def run_list(arguments: argparse.Namespace) -> int:
@@ -130,11 +134,13 @@ def _checkpoints(path: Path) -> list[Path]:
 def _describe(path: Path) -> Entry:
     from datetime import datetime
 
-    from dlm_dist.training.checkpoint_files import MANIFEST, load_trainer_state, read_manifest, step_of
+    from dlm_dist.training.checkpoint_files import MANIFEST, load_trainer_state, read_manifest, step_of, verify
 
     step = step_of(path.resolve())
     if not (path / MANIFEST).is_file():
         return Entry(str(path), step, problem="no manifest: not a checkpoint (its deletion or copy was cut short)")
+    if problems := verify(path, hashes=False):
+        return Entry(str(path), step, problem=f"damaged: {problems[0]}")
     try:
         size = sum(entry["size"] for entry in read_manifest(path).values())
         state = load_trainer_state(path)

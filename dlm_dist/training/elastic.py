@@ -130,6 +130,14 @@ class SavedShards:
         """A whole tensor of a saved shard, in the shape that it was written in."""
         return self._file(shard).get_tensor(f"{shard.key}/{name}")
 
+    def values(self, run: Run, name: str) -> torch.Tensor:
+        """Elements of a run as fp32 [numel]; 8-bit states by the values that their codes stand for."""
+        found = self._range(run.saved, name, run.start, run.numel)
+        number = name.removeprefix("state")
+        if f"absmax{number}" not in run.saved.tensors:
+            return found.float()
+        return dequantise(found, self._scale_of_each(run, number), self.whole(run.saved, f"qmap{number}").float())
+
     def copy_master(self, runs: Sequence[Run], flat: torch.Tensor) -> None:
         """Write the fp32 masters into `flat` [numel]; elements of no run stay as they are."""
         for run in runs:

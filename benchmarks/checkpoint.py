@@ -1,0 +1,234 @@
+"""Saving and loading a checkpoint beside what the disk can do, torch.save and torch.distributed.checkpoint.
+
+    python -m benchmarks.checkpoint [--megabytes 1024] [--rounds 5] [--threads N] [--folder DIR] [--quick]
+                                    [--output FILE]
+
+One rank, fp32 tensors in host memory, everything durable (fsync) when its time ends. In turns, each on a disk that has
+nothing left to write: raw write() and fsync of the same bytes; ours, which also hashes every file (SHA-256), writes
+the manifest and renames; torch.save and fsync; torch.distributed.checkpoint (its default: one thread, fsync). Then
+asynchronous: what the training loop waits for (`stall`: for ours the copy, the start, and both agreements at borders
+between steps), and how long the save takes in all, beside one copy of the state into memory that is used again. Then
+loading from files that are in memory already: ours with its check of every byte, and the others, which check none.
+Goals: ours at least 0.9 of the rate of raw write and fsync, its stall at most 1.5 copies. Ends with one line of JSON.
+
+Needs three times the megabytes on the disk of --folder and in memory. Run it on a machine that does nothing else: the
+hash needs a core of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import Tensor
+
+from benchmarks.machine import describe, spread
+from dlm_dist.training.checkpoint_files import TRAINER_STATE, verify
+from dlm_dist.training.checkpoint_snapshot import HostBuffers, Snapshot
+from dlm_dist.training.checkpoint_writer import CheckpointWriter
+from dlm_dist.training.metrics import Stopwatch, json_line
+
+TENSORS = 64
+CHUNK = 2**26
+SAVE_GOAL = 0.9
+STALL_GOAL = 1.5
+FILE = "tensors/rank-00000.safetensors"
+
+Times = dict[str, float]
+Case = Callable[[Path], Times]
+
+
+class Bench:
+    """The cases. Each works in a folder of its own and returns seconds by name."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = dict(state)
+        self.target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        self.buffers = HostBuffers()
+
+    def raw(self, folder: Path) -> Times:
+        """write() in chunks of 64 MiB, then fsync."""
+        with Stopwatch() as clock, open(folder / "raw", "wb", buffering=0) as file:
+            for tensor in self.state.values():
+                view = memoryview(tensor.numpy()).cast("B")
+                for start in range(0, len(view), CHUNK):
+                    file.write(view[start : start + CHUNK])
+            os.fsync(file.fileno())
+        return {"raw write + fsync": clock.seconds}
+
+    def ours(self, folder: Path) -> Times:
+        """Synchronous: the tensors as they are, written, hashed, published."""
+        writer = CheckpointWriter(folder)
+        with Stopwatch() as clock:
+            writer.start(self._snapshot(self.state))
+            writer.finish()
+        writer.close()
+        with Stopwatch() as load:
+            assert verify(folder / "step-1") == []
+            with safe_open(folder / "step-1" / FILE, framework="pt") as tensors:
+                for name, target in self.target.items():
+                    target.copy_(tensors.get_tensor(name))
+        self._check()
+        return {"ours": clock.seconds, "load ours": load.seconds}
+
+    def ours_asynchronous(self, folder: Path) -> Times:
+        """What a loop waits for, and the time until all ranks know that the checkpoint is published."""
+        writer = CheckpointWriter(folder)
+        stall = 0.0
+        with Stopwatch() as total:
+            with Stopwatch() as copied:
+                writer.start(self._snapshot({name: self.buffers.copy(name, x) for name, x in self.state.items()}))
+            stall += copied.seconds
+            for _ in range(2):
+                while not writer.ready():
+                    time.sleep(0.001)
+                with Stopwatch() as agreed:
+                    writer.advance()
+                stall += agreed.seconds
+        writer.close()
+        assert (folder / "step-1").is_dir()
+        return {"ours async stall": stall, "ours async total": total.seconds}
+
+    def torch_save(self, folder: Path) -> Times:
+        """torch.save into a file, then fsync."""
+        with Stopwatch() as clock, open(folder / "state.pt", "wb") as file:
+            torch.save(self.state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        with Stopwatch() as load:
+            for name, tensor in torch.load(folder / "state.pt", weights_only=True).items():
+                self.target[name].copy_(tensor)
+        self._check()
+        return {"torch.save + fsync": clock.seconds, "load torch": load.seconds}
+
+    def dcp(self, folder: Path) -> Times:
+        """torch.distributed.checkpoint with its defaults."""
+        with Stopwatch() as clock:
+            dcp.save(self.state, checkpoint_id=folder / "dcp")
+        with Stopwatch() as load:
+            dcp.load(self.target, checkpoint_id=folder / "dcp")
+        self._check()
+        return {"DCP": clock.seconds, "load DCP": load.seconds}
+
+    def dcp_asynchronous(self, folder: Path) -> Times:
+        """Its async_save: until the call returns, and until the result is there."""
+        with Stopwatch() as total:
+            with Stopwatch() as stall:
+                future = dcp.async_save(self.state, checkpoint_id=folder / "dcp")
+            future.result()
+        return {"DCP async stall": stall.seconds, "DCP async total": total.seconds}
+
+    def copy(self, folder: Path) -> Times:
+        """One copy of the state into memory that is there already."""
+        with Stopwatch() as clock:
+            for name, tensor in self.state.items():
+                self.target[name].copy_(tensor)
+        return {"copy": clock.seconds}
+
+    def _snapshot(self, tensors: dict[str, Tensor]) -> Snapshot:
+        return Snapshot(1, {FILE: tensors}, {TRAINER_STATE: b"{}"})
+
+    def _check(self) -> None:
+        """What was loaded is what was saved; forgotten for the next case."""
+        for name, target in self.target.items():
+            assert torch.equal(target, self.state[name]), name
+            target.zero_()
+
+
+def measure(bench: Bench, folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds by name, one value a round; a first round warms up; who comes first moves on by one each round."""
+    cases: list[Case] = [bench.raw, bench.ours, bench.torch_save, bench.dcp]
+    cases += [bench.copy, bench.ours_asynchronous, bench.dcp_asynchronous]
+    found: dict[str, list[float]] = {}
+    for number in range(-1, rounds):
+        for place in range(len(cases)):
+            case = cases[(number + place) % len(cases)]
+            own = Path(tempfile.mkdtemp(dir=folder))
+            os.sync()
+            for name, seconds in case(own).items():
+                found.setdefault(name, [])
+                if number >= 0:
+                    found[name].append(seconds)
+            shutil.rmtree(own)
+    return found
+
+
+def summary(times: Mapping[str, list[float]], size: int) -> dict[str, object]:
+    """Rates in GB/s, the two ratios of the goals from the medians, and whether they are met."""
+    rates = {name: spread([size / 1e9 / seconds for seconds in values]) for name, values in times.items()}
+    seconds = {name: spread(values) for name, values in times.items()}
+    over_raw = seconds["raw write + fsync"]["median"] / seconds["ours"]["median"]
+    over_copy = seconds["ours async stall"]["median"] / seconds["copy"]["median"]
+    return {
+        "bytes": size,
+        "seconds": seconds,
+        "gigabytes_per_second": rates,
+        "save_over_raw": over_raw,
+        "save_goal_met": over_raw >= SAVE_GOAL,
+        "stall_in_copies": over_copy,
+        "dcp_stall_in_copies": seconds["DCP async stall"]["median"] / seconds["copy"]["median"],
+        "stall_goal_met": over_copy <= STALL_GOAL,
+    }
+
+
+def print_table(result: Mapping[str, object]) -> None:
+    """Median, least and most of each."""
+    seconds, rates = result["seconds"], result["gigabytes_per_second"]
+    assert isinstance(seconds, dict)
+    assert isinstance(rates, dict)
+    print(f"{'':20} {'seconds':>8} {'min':>8} {'max':>8} {'GB/s':>8}")
+    for name, values in seconds.items():
+        cells = " ".join(f"{values[key]:8.3f}" for key in ("median", "min", "max"))
+        print(f"{name:20} {cells} {rates[name]['median']:8.2f}")
+    print(f"ours saves at {result['save_over_raw']:.2f} of raw write + fsync (goal: at least {SAVE_GOAL})")
+    print(f"ours stalls for {result['stall_in_copies']:.2f} copies (goal: at most {STALL_GOAL})", end="; ")
+    print(f"DCP for {result['dcp_stall_in_copies']:.2f}")
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table and one line of JSON."""
+    parser = argparse.ArgumentParser(prog="benchmarks.checkpoint", description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=1024, help="size of the state (default 1024)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk that is measured (default: here)")
+    parser.add_argument("--quick", action="store_true", help="8 MB, one round: shows that it runs")
+    parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.quick:
+        options.megabytes, options.rounds = 8, 1
+    own_group = not dist.is_initialized()
+    if own_group:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    each = options.megabytes * 10**6 // (4 * TENSORS)
+    state = {f"tensor-{i}": torch.randn(each, generator=torch.Generator().manual_seed(i)) for i in range(TENSORS)}
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=options.folder))
+    try:
+        times = measure(Bench(state), folder, options.rounds)
+    finally:
+        shutil.rmtree(folder)
+        if own_group:
+            dist.destroy_process_group()
+    result = summary(times, 4 * each * TENSORS)
+    print_table(result)
+    line = json_line({"benchmark": "checkpoint", **describe(torch.device("cpu")), "rounds": options.rounds, **result})
+    print(line)
+    if options.output is not None:
+        options.output.write_text(line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
