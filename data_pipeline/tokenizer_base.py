@@ -34,6 +34,8 @@ class Tokenizer(ABC):
     kind: the backend, a key of `tokenizers.KINDS`. name: what a person calls the vocabulary.
     vocab_size: one more than the largest id that may be produced or is reserved.
     eos_text, mask_text: how the vocabulary spells its end-of-text and its mask token, None where it does not.
+    bos_id: a token that stands in front of each text, None where the vocabulary has none. Nothing here writes one:
+        rows are read behind an end of text.
     exact_bytes: whether every id stands for a fixed number of bytes of text.
     """
 
@@ -44,6 +46,7 @@ class Tokenizer(ABC):
     mask_id: int
     eos_text: str | None = None
     mask_text: str | None = None
+    bos_id: int | None = None
     exact_bytes: bool = True
 
     def use_mask_id(self, mask_id: int) -> None:

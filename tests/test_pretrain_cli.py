@@ -20,6 +20,7 @@ import pytest
 from data_pipeline.shards import write_source
 from data_pipeline.tokenizers import load
 from launcher import pretrain
+from tests.data_pipeline.test_token_files import write_llmc
 from tests.distributed import runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -92,6 +93,7 @@ def mistakes(data, finished, tmp_path_factory) -> dict[str, tuple[int, str, str]
             "init_from": start([*CONFIG, *tiny(data, folder / "init", model__init_from=folder / "nowhere")]),
             "exists": start([*CONFIG, *tiny(data, finished)]),
             "damaged": start([*CONFIG, *tiny(data, damaged, checkpoint__every=1), *again]),
+            **_no_objective(data, folder),
             "port": start([*CONFIG, *tiny(data, folder / "port")], **of_two),
         }
         ended = {}
@@ -99,6 +101,34 @@ def mistakes(data, finished, tmp_path_factory) -> dict[str, tuple[int, str, str]
             out, err = process.communicate(timeout=300)
             ended[name] = (process.returncode, out, err)
     return ended
+
+
+def _no_objective(data: Path, folder: Path) -> dict[str, subprocess.Popen[str]]:
+    """Settings and data that no objective can train with, each found before anything is made."""
+
+    def attempt(name: str, at: Path = data, **changes: Any) -> subprocess.Popen[str]:
+        return start([*CONFIG, *tiny(at, folder / "none" / name, **changes)])
+
+    same = shutil.copytree(data / "train", folder / "same" / "train") / "tokenizer" / "dlm_tokenizer.json"
+    same.write_text(json.dumps(json.loads(same.read_text()) | {"mask_id": load("bytes").eos_id}))
+    tokens = np.full(200, 65)
+    tokens[40] = load("bytes").mask_id
+    masked = {"data__train__0__path": write_llmc(folder / "mask.bin", tokens), "data__tokenizer": "bytes"}
+    table = {"objective__schedule": "table", "objective__schedule_points": "[0, 0.6, 0.4, 1]"}
+    return {
+        "blocks": attempt("blocks", objective__name="block", objective__block_lengths="[[0, 7]]"),
+        "growing": attempt("growing", objective__name="wsd", objective__block_lengths="[[64, 2], [0, 3]]"),
+        "falls": attempt("falls", **table),
+        "flat": attempt("flat", objective__schedule="power", objective__schedule_exponent=0),
+        "direction": attempt("direction", objective__name="card", model__direction="bidirectional"),
+        "mask is eos": attempt("eos", folder / "same"),
+        "mask in data": attempt("masked", **masked, data__sequence_length=32),
+        "no bos": attempt("bos", objective__protected_tokens="[bos]"),
+    }
+
+
+def test_nothing_is_made_for_a_run_without_an_objective(mistakes, tmp_path_factory):
+    assert not list(tmp_path_factory.getbasetemp().glob("mistakes*/none"))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +141,17 @@ def mistakes(data, finished, tmp_path_factory) -> dict[str, tuple[int, str, str]
         ("exists", "already holds a run: add --resume auto, or choose another folder"),
         ("damaged", "step-2/model/model.safetensors has 100 bytes instead of"),
         ("port", "address already in use"),
+        ("blocks", "objective: The block length 7 does not divide rows of 32 tokens."),
+        ("growing", "objective: The block length 3 does not divide rows of 32 tokens."),
+        (
+            "falls",
+            "objective.schedule_points is [0.0, 0.6, 0.4, 1.0]: expected shares that start with 0, rise everywhe",
+        ),
+        ("flat", "objective.schedule_exponent is 0: expected a number at least 0.05 and at most 20 or null"),
+        ("direction", 'model.direction is "bidirectional": expected causal, since objective.name is card'),
+        ("mask is eos", "the id 256 cannot be the mask of bytes"),
+        ("mask in data", "mask.bin: token 40 is the id 257, which hides tokens and is in no text"),
+        ("no bos", "This tokenizer has no token called bos (it knows eos, pad): give its id."),
     ],
 )
 def test_a_mistake_is_one_sentence(mistakes, name, words):

@@ -18,6 +18,7 @@ from data_pipeline.tokenizer_backends.byte_alphabet import spelled_bytes
 from data_pipeline.tokenizer_base import Ids, Tokenizer
 
 _EOS_SPELLINGS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_BOS_SPELLINGS = ("<|begin_of_text|>", "<s>", "<bos>")
 _MASK_SPELLINGS = ("<|mask|>", "<|mdm_mask|>", "[MASK]", "<mask>")
 
 
@@ -45,6 +46,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.eos_text is None:
             raise DataError(f"the vocabulary of {name} has no end-of-text token ({' or '.join(_EOS_SPELLINGS)})")
         self.mask_text = next((text for text in _MASK_SPELLINGS if text in vocabulary), None)
+        self.bos_id = next((vocabulary[text] for text in _BOS_SPELLINGS if text in vocabulary), None)
         behind = max(vocabulary.values()) + 1
         self.name = name
         self.eos_id = vocabulary[self.eos_text]

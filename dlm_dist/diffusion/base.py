@@ -58,9 +58,11 @@ class Vocabulary:
                 )
 
     def id_of(self, token: str) -> int:
-        """The id of a special token's name, or of a number. Raises ValueError for a name without an id here."""
+        """The id of a special token's name, or of a number. Raises ValueError for what is no id here."""
         known = {"eos": self.eos_id, **self.named}
         if token.isdigit():
+            if self.size is not None and int(token) >= self.size:
+                raise ValueError(f"There is no token {token}: the ids of this tokenizer go to {self.size - 1}.")
             return int(token)
         if token not in known:
             raise ValueError(

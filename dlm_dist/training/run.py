@@ -277,8 +277,9 @@ def make_objective(config: RunConfig, source: Source) -> Objective:
 
 def vocabulary(source: Source) -> Vocabulary:
     """What an objective needs to know of the source's tokenizer."""
-    pad_id = source.load_tokenizer().pad_id
-    return Vocabulary(source.mask_id, source.eos_id, source.token_bytes, source.vocab_size, {"pad": pad_id})
+    tokenizer = source.load_tokenizer()
+    named = {"pad": tokenizer.pad_id} | ({} if tokenizer.bos_id is None else {"bos": tokenizer.bos_id})
+    return Vocabulary(source.mask_id, source.eos_id, source.token_bytes, source.vocab_size, named)
 
 
 def _open_log(config: RunConfig, progress: Progress, max_steps: int, resumed: Resume | None) -> MetricsLog:

@@ -24,9 +24,9 @@ HARD_TEXT = "'S I'll  x\r\n\r\n\t 12345 \u0663 \u4e16\u754c \U0001f600\u200d e\u
 any_text = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-def small_json(folder: Path, metaspace: bool = False) -> Path:
+def small_json(folder: Path, metaspace: bool = False, more: tuple[str, ...] = ()) -> Path:
     """A little tokenizer.json: byte-level, or split at spaces with words as entries."""
-    added = ["<|endoftext|>", "<|im_end|>"]
+    added = ["<|endoftext|>", "<|im_end|>", *more]
     if metaspace:
         vocabulary = {"<unk>": 0, "\u2581caf\u00e9": 1, "\u2581b": 2, "c": 3}
         model = hf.models.BPE(
@@ -173,6 +173,16 @@ def test_qwen_has_its_published_ids(real_data: Callable[[str], Path]) -> None:
     gpt2 = load(real_data("tok_gpt2"))
     assert (gpt2.vocab_size, gpt2.padded_vocab_size, gpt2.eos_id, gpt2.mask_id) == (50258, 50304, 50256, 50257)
     assert gpt2.encode("Hello world").tolist() == [15496, 995]
+
+
+def test_a_beginning_of_text_is_known_by_its_usual_spellings_and_never_written(tmp_path: Path) -> None:
+    assert load(small_json(tmp_path / "none")).bos_id is None
+    tokenizer = load(small_json(tmp_path / "bos", more=("<|begin_of_text|>",)))
+    assert tokenizer.bos_id == tokenizer.eos_id + 2
+    assert tokenizer.bos_id not in tokenizer.encode("<|begin_of_text|>a")
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").bos_id == tokenizer.bos_id
+    assert load("bytes").bos_id is None
 
 
 def test_without_fixed_bytes_per_id_the_bytes_still_sum_to_the_text(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_length_that_does_not_divide_the_rows_is_refused_before_any_work() -> 
         sequence_length, mask_id, eos_id, vocab_size, token_bytes = 64, 30, 0, 30, None
 
         def load_tokenizer(self) -> Any:
-            return type("Tokenizer", (), {"pad_id": 0})
+            return type("Tokenizer", (), {"pad_id": 0, "bos_id": None})
 
     def made(lengths: str) -> Any:
         keys = ["run.dir=unused", "model.backbone=rwkv7", "model.hidden_size=64", "model.num_hidden_layers=1"]

@@ -214,6 +214,24 @@ def test_protected_tokens_are_never_hidden():
     assert everything.corrupt(ROWS[:4]).weights.sum() == 0
 
 
+def test_a_beginning_of_text_may_be_protected_where_the_tokenizer_names_one():
+    from dlm_dist.training.run import vocabulary
+
+    class Source:
+        mask_id, eos_id, token_bytes, vocab_size = MASK, EOS, None, SIZE
+
+        def __init__(self, bos_id):
+            self.bos_id, self.pad_id = bos_id, EOS
+
+        def load_tokenizer(self):
+            return self
+
+    named = MaskedDiffusion(seed=1, vocabulary=vocabulary(Source(7)), protected_tokens=("bos",))
+    assert not named.corrupt(ROWS).masks[ROWS.tokens == 7].any()
+    with pytest.raises(ValueError, match=r"no token called bos \(it knows eos, pad\)"):
+        MaskedDiffusion(seed=1, vocabulary=vocabulary(Source(None)), protected_tokens=("bos",))
+
+
 def test_the_mean_may_be_over_what_is_scored():
     batch = corrupted(normalization="scored")
     assert batch.denominator == BASE.masks.sum()
@@ -330,6 +348,7 @@ def test_mistakes_are_one_sentence_each():
         ({"t_min": 0.5, "t_max": 0.5}, "expected 0 <= t_min < t_max <= 1"),
         ({"complementary_prob": 0.5}, "draws_per_row is 1: complementary masks need 2"),
         ({"shift": True, "isolate_documents": True}, "the output before a document does not see it"),
+        ({"protected_tokens": ("eos", "41")}, "There is no token 41: the ids of this tokenizer go to 40"),
         ({"protected_tokens": ("bos",)}, r"no token called bos \(it knows eos, pad\): give its id"),
         ({"protected_tokens": (str(MASK),)}, "protected_tokens holds 40, the mask token"),
     ):
