@@ -285,6 +285,26 @@ def labels(length: int, device: torch.device) -> dict[str, Tensor]:
     return {"document_ids": documents, "block_ids": turn_blocks(is_prompt, 16, documents)}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_compiled_again_for_other_labels_and_windows_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(attention, "create_block_mask", attention.compiled_create_block_mask())
+    made, graphs = model(layer_patterns=["window:20", "window:40", "block_causal:30"], num_hidden_layers=3), []
+    for seed in range(3):
+        documents = torch.randint(3, (2, 150), generator=torch.Generator().manual_seed(seed)).sort(1).values
+        with torch.no_grad():
+            made.set_attention_kernel("sdpa")
+            plain = made(ids(2, 150, seed), document_ids=documents).logits
+            made.set_attention_kernel("flex")
+            flex = made(ids(2, 150, seed), document_ids=documents).logits
+        torch.testing.assert_close(flex, plain, atol=1e-4, rtol=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[2] == graphs[1] == graphs[0]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_runs_flex_attention_where_it_is_asked_to() -> None:
     made, read = model(layer_patterns=["window:40"]), ids(2, 150)
