@@ -76,7 +76,7 @@ class LayerMasks:
 def layer_masks(
     visibility: Visibility, patterns: Sequence[LayerPattern], kernel: str, bias: Tensor | None = None
 ) -> LayerMasks:
-    """The masks of layers with these `patterns`; `bias` [B or 1, 1, T, T] is added where they leave a pair open.
+    """The masks of layers with these `patterns`; `bias` [B or 1, 1, width, width] is added where a pair is left open.
 
     `kernel`: "sdpa" or "flex"; a bias is always a tensor for SDPA.
     """

@@ -144,8 +144,8 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         `prompt_and_own_block` a token sees its own block and block 0 alone. `clean_ids` [B, T], with `block_ids`: a
         token sees its own block of `input_ids` and the earlier blocks of `clean_ids` (block diffusion). `annealing`
         [B, 3] int64: the columns are `Visibility.annealing`; a causal model takes none. `attention_bias`
-        [B or 1, 1, T, T] is added to the attention scores of every layer and head where all of these leave a pair open
-        (its gradient is kept).
+        [B or 1, 1, T, T] (with `clean_ids` 2 T, the clean tokens behind the others) is added to the attention scores of
+        every layer and head where all of these leave a pair open (its gradient is kept).
         `mask_noise_keys`, `mask_noise_scales` [B]: see `mask_noise.add_mask_noise`.
 
         Without `supervised`: `DenoiserOutput(logits=[B, T, V])`. With `supervised` [M] (indices into B*T), `targets`
@@ -155,8 +155,8 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         """
         if prompt_and_own_block and (block_ids is None or clean_ids is not None):
             raise ValueError("prompt_and_own_block needs block_ids [B, T], and takes no clean_ids.")
-        if clean_ids is not None and (block_ids is None or attention_bias is not None):
-            raise ValueError("clean_ids [B, T] need block_ids [B, T] beside them, and take no attention_bias.")
+        if clean_ids is not None and block_ids is None:
+            raise ValueError("clean_ids [B, T] need block_ids [B, T] beside them.")
         if annealing is not None and self.direction == "causal":
             raise ValueError("annealing shows tokens that a model of direction causal never sees: leave it out.")
         batch, length = input_ids.shape
@@ -231,10 +231,10 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
     def _masks(self, visibility: Visibility, attention_bias: Tensor | None) -> attention.LayerMasks:
         """What the layers run with. Raises ValueError for a bias of another shape."""
         if attention_bias is not None:
-            batch, length = visibility.batch, visibility.length
-            if attention_bias.dim() != 4 or attention_bias.shape[1:] != (1, length, length):
+            batch, width = visibility.batch, visibility.width
+            if attention_bias.shape not in ((batch, 1, width, width), (1, 1, width, width)):
                 raise ValueError(
-                    f"attention_bias must be [{batch}, 1, {length}, {length}], got {tuple(attention_bias.shape)}."
+                    f"attention_bias must be [{batch}, 1, {width}, {width}], got {tuple(attention_bias.shape)}."
                 )
             attention_bias = attention_bias.to(self.model.embed_tokens.weight.dtype)
         kernel = self.attention_choice(visibility.device).kernel

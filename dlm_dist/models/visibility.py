@@ -19,6 +19,7 @@ from dlm_dist.compatibility import LAYER_PATTERN
 from dlm_dist.device_randomness import mix32
 
 _LOW_32 = 0xFFFFFFFF
+_PAIRS_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,13 @@ class Visibility:
         """[B or 1, 1, width, width] bool, True = visible."""
         index = torch.arange(self.width, device=self.device)
         row = torch.arange(self.rows, device=self.device)[:, None, None]
-        return self.sees(row, index[None, :, None], index[None, None, :])[:, None]
+        mask = torch.empty(self.rows, 1, self.width, self.width, dtype=torch.bool, device=self.device)
+        # In slices: the whole numbers on the way to a truth value take many times its memory.
+        size = max(1, _PAIRS_AT_ONCE // (self.rows * self.width))
+        for first in range(0, self.width, size):
+            queries = index[None, first : first + size, None]
+            mask[:, 0, first : first + size] = self.sees(row, queries, index[None, None, :])
+        return mask
 
     def positions(self) -> Tensor | None:
         """Rotary positions [B, width], counted from the first token of each document; None: from 0 in each row.

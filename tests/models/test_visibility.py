@@ -50,7 +50,7 @@ def ids(batch: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def influence(made: Qwen3ForDiffusion, **labels: Any) -> Tensor:
+def influence(made: Any, **labels: Any) -> Tensor:
     """[B, T, T] bool: which tokens' logits move as each token is changed."""
     read = ids()
     before = made(read, **labels).logits
@@ -105,6 +105,19 @@ def test_prompts_and_answers_see_what_is_before_them_and_themselves(
     assert torch.equal(got, expected & SAME_DOCUMENT if packed else expected)
 
 
+@pytest.mark.parametrize("block_length", [None, 2])
+def test_rwkv7_sees_the_turns_of_a_chat_too(block_length: int | None) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "head_size": 16, "mask_token_id": 96}
+    made = build("rwkv7", direction="bidirectional", **sizes).eval()
+    for name, parameter in made.named_parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        parameter.data.add_(noise, alpha=0.2)
+    documents = torch.tensor([[0] * 7 + [1] * 5, [0] * 2 + [1] * 3 + [2] * 7])
+    blocks = turn_blocks(PROMPTS, block_length, documents)
+    expected = (blocks[:, None, :] <= blocks[:, :, None]) & (documents[:, None, :] == documents[:, :, None])
+    assert torch.equal(influence(made, block_ids=blocks, document_ids=documents), expected)
+
+
 PATTERNS: dict[str, Tensor] = {
     "bidirectional": torch.ones(1, LENGTH, LENGTH).bool(),
     "causal": KEY <= QUERY,
@@ -139,15 +152,16 @@ def test_packed_documents_equal_separate_ones_in_every_pattern(pattern: str) -> 
             torch.testing.assert_close(packed[:, start:end], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("literal", [False, True])
 @pytest.mark.parametrize("block_length", [None, 2])
-def test_packed_chats_equal_separate_ones(block_length: int | None) -> None:
+def test_packed_chats_equal_separate_ones(block_length: int | None, literal: bool) -> None:
     made, documents = model(), DOCUMENTS[:1]
     blocks = turn_blocks(PROMPTS[:1], block_length, documents)
     with torch.no_grad():
-        packed = made(ids(1), block_ids=blocks, document_ids=documents).logits
+        packed = made(ids(1), block_ids=blocks, document_ids=documents, prompt_and_own_block=literal).logits
         for start, end in ((0, 7), (7, 12)):
             own = turn_blocks(PROMPTS[:1, start:end], block_length)
-            alone = made(ids(1)[:, start:end], block_ids=own).logits
+            alone = made(ids(1)[:, start:end], block_ids=own, prompt_and_own_block=literal).logits
             torch.testing.assert_close(packed[:, start:end], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -160,6 +174,19 @@ def test_a_bias_is_added_in_every_layer_where_its_pattern_leaves_a_pair_open() -
     assert made.attention_ran == "sdpa with a mask"
     open_pairs = (bias[:, 0] == 0.0) & PATTERNS["causal"], (bias[:, 0] == 0.0) & PATTERNS["window:2"]
     assert torch.equal(got, through(*open_pairs))
+
+
+def test_a_bias_reaches_both_streams_of_block_diffusion() -> None:
+    made, blocks = model(num_hidden_layers=1), torch.arange(LENGTH)[None].repeat(2, 1) // 4
+    streams = {"block_ids": blocks, "clean_ids": ids(seed=7)}
+    bias = torch.zeros(1, 1, 2 * LENGTH, 2 * LENGTH)
+    torch.testing.assert_close(made(ids(), attention_bias=bias, **streams).logits, made(ids(), **streams).logits)
+    bias[..., :LENGTH, LENGTH:] = -torch.inf  # nothing clean is left to what is noisy
+    own = (blocks[:, :, None] == blocks[:, None, :])[:, None]
+    alone = made(ids(), attention_bias=torch.zeros(own.shape).masked_fill(~own, -torch.inf)).logits
+    torch.testing.assert_close(made(ids(), attention_bias=bias, **streams).logits, alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"attention_bias must be \[2, 1, 24, 24\]"):
+        made(ids(), attention_bias=bias[..., :LENGTH, :LENGTH], **streams)
 
 
 def test_patterns_are_part_of_the_model_that_is_saved(tmp_path: Path) -> None:
