@@ -38,6 +38,7 @@ def start(tokens: Path, run: Path, *changes: str, resume: str | None = None) -> 
         "train.micro_batch_size=2",
         "train.precision=fp32",
         "train.device=cpu",
+        "train.cpu_threads=1",
         "train.eval_rows=4",
         "optimizer.schedule=constant",
         "checkpoint.every=3",
