@@ -187,8 +187,9 @@ class TrainSection(Section):
 class OptimizerSection(Section):
     """The update rule. `lr`, `betas` and `eps` default by backbone and rule (see `default_values`)."""
 
-    name: Literal["adamw", "adamw8bit", "lion8bit"] = Field(
-        default="adamw", description="update rule; 8bit: states of the large matrices in 8 bits"
+    name: Literal["adamw", "adamw8bit", "lion", "lion8bit"] = Field(
+        default="adamw",
+        description="update rule; 8bit: states of the large matrices in 8 bits, or 32 where bitsandbytes cannot run",
     )
     lr: Annotated[float, Field(gt=0.0)] = Field(description="peak learning rate; null = by backbone and name")
     betas: tuple[
@@ -523,7 +524,7 @@ def default_values(backbone: object, optimizer: object, objective: object, model
         values["model.attention_kernel"] = "auto"
         if model.get("init_from") is None:
             values |= _qwen3_sizes(model)
-    if optimizer == "lion8bit":
+    if optimizer in ("lion", "lion8bit"):
         values |= {"optimizer.lr": 1e-4, "optimizer.betas": [0.9, 0.99]}
     return values
 

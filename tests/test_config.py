@@ -211,7 +211,7 @@ traim: {max_steps: 1}
         'train.micro_batch_size is "two": expected a whole number at least 1 or null',
         "train.gradient_clipping is Infinity: expected a number at least 0",
         "optimizer.learning_rate (0.001) is not a key: the nearest valid one is optimizer.lr",
-        'optimizer.name is "adam": expected one of adamw, adamw8bit, lion8bit',
+        'optimizer.name is "adam": expected one of adamw, adamw8bit, lion, lion8bit',
         "optimizer.betas.1 is missing: expected a number at least 0 and below 1",
         'optimizer.lr is "1e-3": expected a number above 0',
         "zero.stage is true: expected a whole number at least 0 and at most 3",

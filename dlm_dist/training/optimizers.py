@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlm_dist.training.lion import Lion
+
 
 @dataclass(frozen=True)
 class RoleRule:
@@ -152,8 +154,35 @@ def _lion8bit(lr: float, betas: tuple[float, float], eps: float) -> tuple[type, 
     return type("Lion8bit", (GroupBits, bitsandbytes.optim.Lion8bit), {}), {"lr": lr, "betas": betas}
 
 
+def _lion(lr: float, betas: tuple[float, float], eps: float) -> tuple[type, dict[str, Any]]:
+    return Lion, {"lr": lr, "betas": betas}
+
+
 _OPTIMIZERS: dict[str, Callable[[float, tuple[float, float], float], tuple[type, dict[str, Any]]]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
+    "lion": _lion,
     "lion8bit": _lion8bit,
 }
+
+IN_32_BITS: Mapping[str, str] = {"adamw8bit": "adamw", "lion8bit": "lion"}
+"""The same update rule with the same hyper-parameters, without bitsandbytes."""
+
+
+def eight_bit_problem(name: str, device: torch.device) -> str | None:
+    """Why the optimizer `name` of IN_32_BITS cannot run on `device`: it takes one step there; None where it can.
+
+    What a broken installation raises at its first use is up to it, so any exception counts.
+    """
+    parameter = nn.Parameter(torch.zeros(4, 256, device=device))
+    groups = [{"params": [parameter], "optim_bits": 8, "weight_decay": 0.0}]
+    try:
+        optimizer = build_optimizer(name, groups, 0.125, (0.9, 0.99), 1e-8, guard=False)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        state, moved = optimizer.state[parameter]["state1"].dtype, parameter.detach().mean().item()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    if state != torch.uint8 or abs(moved + 0.125) > 0.0125:
+        return f"one step moved a value by {moved:.4f} instead of -0.125, with {state} states"
+    return None

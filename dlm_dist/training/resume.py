@@ -141,10 +141,13 @@ def _identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     }
 
 
-def require_same(resumed: Resume, identity: Mapping[str, Any], change_batch_size: bool = False) -> list[str]:
+def require_same(
+    resumed: Resume, identity: Mapping[str, Any], change_batch_size: bool = False, fallbacks: Sequence[str] = ()
+) -> list[str]:
     """Raises ConfigError that names every key in which the run differs from the checkpoint -> notes.
 
-    With `change_batch_size` (the option of that name) the global batch size may differ, and is noted.
+    With `change_batch_size` (the option of that name) the global batch size may differ, and is noted. `fallbacks` that
+    made a difference are told with it.
     """
     saved, batch_size = resumed.state["identity"], "train.global_batch_size"
     differences = {
@@ -160,7 +163,7 @@ def require_same(resumed: Resume, identity: Mapping[str, Any], change_batch_size
         notes = [f"{differences.pop(batch_size)}: changed from step {step}, data_pos {position} on, as asked"]
     if differences:
         raise ConfigError(
-            [f"{difference}: {advice[key]}" for key, difference in differences.items()],
+            [*(f"{difference}: {advice[key]}" for key, difference in differences.items()), *fallbacks],
             f"cannot resume from {resumed.path}",
         )
     return notes

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead, SampleStream
 from data_pipeline.source import Source
-from dlm_dist.config import ConfigError, RunConfig, resolve_batch
+from dlm_dist.config import ConfigError, RunConfig, resolve_batch, updated
 from dlm_dist.diffusion.block_diffusion import BlockDiffusion, BlockLengths
 from dlm_dist.diffusion.mask_noise import WithMaskNoise
 from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
@@ -26,6 +26,7 @@ from dlm_dist.training.engine import build_engine
 from dlm_dist.training.guards import Guards
 from dlm_dist.training.loop import Trainer
 from dlm_dist.training.metrics import MetricsLog, measured_peak_flops
+from dlm_dist.training.optimizers import IN_32_BITS, eight_bit_problem
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.progress import Progress
 from dlm_dist.training.records import StartRecord
@@ -69,12 +70,13 @@ def _train(
     resumed, notes = find_resume(config.run.dir, resume)
     checkpoint_path = resumed.path if resumed is not None else None
     config = resolve_sizes(config, sources[0], checkpoint_path)
+    config, fallbacks = _with_optimizer_that_runs(config, device)
     notes += [note for source in [*sources, side.validation] if source for note in source.notes]
     if not objective.is_bound:
         notes.append(f"the loss is no bound on the likelihood: {', '.join(objective.not_a_bound())}")
     identity = run_identity(config, sources, side.validation)
     if resumed is not None:
-        notes += require_same(resumed, identity, config.train.change_batch_size)
+        notes += require_same(resumed, identity, config.train.change_batch_size, fallbacks)
         notes += inexact_notes(resumed, topology(config))
     else:
         notes += mask_notes(config, sources[0])
@@ -83,7 +85,7 @@ def _train(
     stream = SampleStream(sources, weights, config.run.seed, skip, config.data.max_samples, config.data.order)
     progress = Progress() if resumed is None else Progress.from_state(resumed.state)
     max_steps = _total_steps(config, stream, progress)
-    backend, fallbacks = _wkv7_backend(config, device)
+    backend, wkv7_fallbacks = _wkv7_backend(config, device)
     attention, attention_fallbacks = _attention(config, device)
     # Only now: the self-test of the kernels uses operations that have no deterministic form on CUDA.
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -111,7 +113,7 @@ def _train(
         wkv7_backend=asdict(backend) if backend is not None else None,
         attention=asdict(attention) if attention is not None else None,
         init_from=start.init_from,
-        fallbacks=[*fallbacks, *attention_fallbacks],
+        fallbacks=[*fallbacks, *wkv7_fallbacks, *attention_fallbacks],
         notes=[*notes, *leave_other_branches(config.run.dir, resumed)],
     )
     log = None
@@ -203,6 +205,25 @@ def _total_steps(config: RunConfig, stream: SampleStream, progress: Progress) ->
             ]
         )
     return steps
+
+
+def _with_optimizer_that_runs(config: RunConfig, device: torch.device) -> tuple[RunConfig, list[str]]:
+    """The configuration, with the 32-bit form of an 8-bit optimizer that some rank cannot run, and that fallback.
+
+    Collective. ConfigError under `strict`.
+    """
+    name = config.optimizer.name
+    if name not in IN_32_BITS:
+        return config, []
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, eight_bit_problem(name, device))
+    found = [f"on rank {rank} {problem}" for rank, problem in enumerate(problems) if problem is not None]
+    if not found:
+        return config, []
+    fallback = f"optimizer.name is {IN_32_BITS[name]} instead of {name}, which bitsandbytes cannot run: {found[0]}"
+    if config.strict:
+        raise ConfigError([f"{fallback}; strict is true: mend that, or set optimizer.name={IN_32_BITS[name]}"])
+    return updated(config, {"optimizer.name": IN_32_BITS[name]}), [fallback]
 
 
 def _wkv7_backend(config: RunConfig, device: torch.device) -> tuple[wkv7.Backend | None, list[str]]:

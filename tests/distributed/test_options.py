@@ -1,6 +1,7 @@
 """Options that meet only in a whole run: ZeRO-3 with checkpointing, samples, evaluation, wandb, warm start."""
 
 import json
+import os
 
 import pytest
 
@@ -162,3 +163,24 @@ def test_noise_on_masks_is_the_same_on_any_ranks_and_after_a_resume_and_ends(dat
         assert [one[key] for key in runs.EXACT] == [other[key] for key in runs.EXACT]
     refused = runs.attempt(runs.overrides(data, again, **(settings | {"objective__mask_noise_std": 0.4})), 1, "auto")
     assert "objective.mask_noise_std is 0.4, the checkpoint was trained with 0.5" in refused.stdout
+
+
+def test_a_run_without_bitsandbytes_trains_with_32_bit_states_and_says_so(data, tmp_path, monkeypatch):
+    (tmp_path / "broken" / "bitsandbytes").mkdir(parents=True)
+    (tmp_path / "broken" / "bitsandbytes" / "__init__.py").write_text("raise ImportError('built for another CUDA')\n")
+    search = [str(tmp_path / "broken"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    run = tmp_path / "run"
+    settings = runs.overrides(data, run, optimizer__name="lion8bit", optimizer__lr=2e-4, train__max_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(search))
+        output = runs.train(settings, ranks=2)
+    said = "optimizer.name is lion instead of lion8bit, which bitsandbytes cannot run: on rank 0 ImportError: built for"
+    assert f"warning: {said}" in output
+    (start,) = json.loads((run / "manifest.json").read_text())["starts"]
+    assert start["fallbacks"][0].startswith(said)
+    assert {group["optimizer_bits"] for group in start["parameter_groups"]} == {32}
+    assert "name: lion\n" in (run / "config.yaml").read_text()
+    # Its states are no 8-bit ones, whoever can run those now.
+    refused = runs.attempt(settings, ranks=1, resume="auto")
+    assert refused.returncode != 0
+    assert "optimizer.name is 'lion8bit', the checkpoint was trained with 'lion'" in refused.stdout
