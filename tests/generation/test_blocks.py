@@ -29,6 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
 KINDS = [
     ("qwen3", {"direction": "bidirectional"}),
     ("qwen3", {"direction": "causal"}),
+    ("qwen3", {"direction": "bidirectional", "layer_patterns": ["bidirectional", "window:3", "block_causal:2"]}),
     ("rwkv7", {"direction": "bidirectional"}),
     ("rwkv7", {"direction": "bidirectional", "tie_directions": True}),
     ("rwkv7", {"direction": "alternate"}),
