@@ -11,6 +11,7 @@ its heart beats (the file's modification time) at least every EXPIRY_SECONDS, by
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -173,7 +174,7 @@ class Lease:
     def _refuse_if_alive(self, lease: Path, tell: Callable[[str], None]) -> None:
         """Return once the owner of `lease` is known to be gone."""
         told, first = False, None
-        while True:
+        for look in itertools.count():
             owner, beat = _owner_in(lease), _modified(lease)
             if beat is None:
                 return  # taken over or gone while we looked: look again
@@ -186,12 +187,14 @@ class Lease:
                 )
             if alive is False or self._clock() - beat > self._expiry:
                 return
-            if not told:
+            pause = min(1.0, self._expiry / 10)
+            if owner is None and look < 10:
+                pause /= 10  # most likely it is being written this moment
+            elif not told:
                 told = True
-                tell(
-                    f"run.dir was left by {owner or 'another run'}; waiting for at most {self._expiry:.0f} s for a sign"
-                )
-            time.sleep(min(1.0, self._expiry / 10))
+                who = owner or "another run"
+                tell(f"run.dir was left by {who}; waiting for at most {self._expiry:.0f} s for a sign of it")
+            time.sleep(pause)
 
     def _beat(self) -> None:
         last = time.monotonic()
