@@ -74,6 +74,7 @@ class CheckpointWriter:
                 make_staging(staging)
             except OSError as error:
                 problem = str(error)
+                shutil.rmtree(staging, ignore_errors=True)
         self._require(self._from_rank_0(problem), snapshot.step)
         work = self._thread.submit(write_files, staging, snapshot.contents())
         self._save = _Save(snapshot.step, staging, work)

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import subprocess
 import threading
 
 import pytest
@@ -275,3 +277,38 @@ def after(faults, at, kill, call):
         return call(*arguments, **named)
 
     return instead
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small file system")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("free", [0, 4096, 40960])
+def test_a_real_disk_that_is_full(small_disk, free):
+    """Not a byte, a few files, a part of the large one: asynchronous, told at the border, nothing left behind."""
+    writer = CheckpointWriter(small_disk / "checkpoints")
+
+    def save(what):
+        writer.start(what)
+        writer.finish()
+
+    save(snapshot(2))
+    space = os.statvfs(small_disk)
+    (small_disk / "ballast").write_bytes(bytes(space.f_bavail * space.f_bsize - free))
+    large = snapshot(4)
+    large.tensors["tensors/rank-00000.safetensors"]["a/large"] = torch.zeros(20_000)
+    with pytest.raises(CheckpointError, match=r"step-4 could not be written: .*No space left on device"):
+        save(large)
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-2"]
+    (small_disk / "ballast").unlink()
+    save(large)
+    writer.close()
+    assert whole_ones(small_disk) == ([2, 4], False)
