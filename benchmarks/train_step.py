@@ -173,7 +173,7 @@ class Data:
 
     @staticmethod
     def open(config: RunConfig) -> Data:
-        from dlm_dist.training.run import make_objective
+        from dlm_dist.training.objective import make_objective
 
         source = ShardedSource.open(config.data.train[0].path)
         objective = make_objective(config, source)

@@ -23,6 +23,7 @@ from dlm_dist.training.lr_schedules import Course, lr_factor
 from dlm_dist.training.metrics import MetricsLog
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.progress import Progress
+from dlm_dist.training.step_record import loss_figures, place_figures, speed_figures
 from dlm_dist.training.stop_requests import StopRequest
 
 
@@ -145,7 +146,15 @@ class Trainer:
         phases = self.clock.take()
         if self.log is not None:
             seconds = time.perf_counter() - started
-            self.log.step(self._record(progress, totals, verdict.loss, norm, lr, seconds, phases, reason, batch.span))
+            self.log.step(
+                {
+                    **loss_figures(verdict.loss, totals, self.is_bound),
+                    **place_figures(progress, batch.span, reason),
+                    **speed_figures(self.engine.module, self.config, totals, seconds, phases, self.peak_flops),
+                    "grad_norm": norm,
+                    "lr": lr,
+                }
+            )
         return verdict.stop_wanted, spike
 
     def _learning_rate(self, step: int) -> float:
@@ -249,51 +258,6 @@ class Trainer:
         said: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(said, mine, group=self.host_group)
         return ", ".join(f"{text} (rank {rank})" for rank, text in enumerate(said) if text is not None)
-
-    def _record(
-        self,
-        progress: Progress,
-        totals: StepTotals,
-        loss: float,
-        norm: float,
-        lr: float,
-        seconds: float,
-        phases: Mapping[str, float],
-        skipped: str | None,
-        span: tuple[int, int],
-    ) -> dict[str, Any]:
-        """One line of metrics.jsonl (docs/resume.md)."""
-        nats = loss * totals.denominator
-        return {
-            "step": progress.step,
-            "loss": loss,
-            "bound_nats_per_token": loss if self.is_bound else None,
-            "bits_per_byte": nats / 0.6931471805599453 / totals.text_bytes
-            if self.is_bound and totals.text_bytes
-            else None,
-            "grad_norm": norm,
-            "lr": lr,
-            "tokens_per_second": totals.denominator / seconds,
-            "mfu": self._flops(totals) / seconds / self.peak_flops,
-            "data_pos": progress.data_pos,
-            "skipped": skipped is not None,
-            "skip_reason": skipped,
-            "positions": list(span),
-            "skipped_steps": progress.skipped_steps,
-            "rollbacks": progress.rollbacks,
-            "step_seconds": seconds,
-            "data_wait_seconds": phases["data"],
-            **{f"{name}_seconds": phases[name] for name in ("forward", "backward", "optimizer", "save", "evaluation")},
-            "rows_sha256": totals.rows_sha256,
-            "noise_sha256": totals.noise_sha256,
-        }
-
-    def _flops(self, totals: StepTotals) -> float:
-        """Model FLOPs of a step: backward counts twice the forward, the head runs on scored rows only."""
-        model, length = self.engine.module, self.config.data.sequence_length
-        assert length is not None
-        body = model.flops_per_token(length) * totals.read
-        return 3.0 * (body + model.head_flops_per_row() * totals.supervised)
 
 
 def _due(every: int | None, step: int) -> bool:

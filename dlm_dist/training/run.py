@@ -4,29 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead, SampleStream
-from data_pipeline.source import Source
-from dlm_dist.config import ConfigError, RunConfig, resolve_batch, updated
-from dlm_dist.diffusion.block_diffusion import BlockDiffusion, BlockLengths
+from dlm_dist.config import ConfigError, RunConfig, resolve_batch
 from dlm_dist.diffusion.mask_noise import WithMaskNoise
-from dlm_dist.diffusion.objectives import OBJECTIVES, Objective, Vocabulary
-from dlm_dist.kernels import wkv7
-from dlm_dist.models.attention import Choice, choose
-from dlm_dist.models.qwen3 import Qwen3DiffusionConfig
 from dlm_dist.training import checkpoint
 from dlm_dist.training.batches import prepare_step
 from dlm_dist.training.callbacks import Callbacks, SideInputs
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.engine import build_engine
+from dlm_dist.training.fallbacks import attention_kernel, with_optimizer_that_runs, wkv7_backend
 from dlm_dist.training.guards import Guards
 from dlm_dist.training.loop import Trainer
 from dlm_dist.training.metrics import MetricsLog, measured_peak_flops
-from dlm_dist.training.optimizers import IN_32_BITS, eight_bit_problem
+from dlm_dist.training.objective import make_objective, with_choices
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.progress import Progress
 from dlm_dist.training.records import StartRecord
@@ -70,7 +65,7 @@ def _train(
     resumed, notes = find_resume(config.run.dir, resume)
     checkpoint_path = resumed.path if resumed is not None else None
     config = resolve_sizes(config, sources[0], checkpoint_path)
-    config, fallbacks = _with_optimizer_that_runs(config, device)
+    config, fallbacks = with_optimizer_that_runs(config, device)
     notes += [note for source in [*sources, side.validation] if source for note in source.notes]
     if not objective.is_bound:
         notes.append(f"the loss is no bound on the likelihood: {', '.join(objective.not_a_bound())}")
@@ -85,8 +80,8 @@ def _train(
     stream = SampleStream(sources, weights, config.run.seed, skip, config.data.max_samples, config.data.order)
     progress = Progress() if resumed is None else Progress.from_state(resumed.state)
     max_steps = _total_steps(config, stream, progress)
-    backend, wkv7_fallbacks = _wkv7_backend(config, device)
-    attention, attention_fallbacks = _attention(config, device)
+    backend, wkv7_fallbacks = wkv7_backend(config, device)
+    attention, attention_fallbacks = attention_kernel(config, device)
     # Only now: the self-test of the kernels uses operations that have no deterministic form on CUDA.
     torch.use_deterministic_algorithms(config.train.deterministic)
     # Small numbers of the host go over gloo, so that they never wait for the device.
@@ -124,7 +119,7 @@ def _train(
     size, pin = config.train.global_batch_size, device.type == "cuda"
     read_ahead = ReadAhead(
         lambda pos: prepare_step(
-            stream.read, _with_choices(objective, progress), stream.positions(pos, size), plan, rank, world, pin
+            stream.read, with_choices(objective, progress), stream.positions(pos, size), plan, rank, world, pin
         ),
         size,
         config.data.read_ahead_steps,
@@ -174,16 +169,6 @@ def _train(
             log.close(finished)
 
 
-def _with_choices(objective: Objective, progress: Progress) -> Objective:
-    """The objective with the ranges of times that were chosen so far, each of which holds from a position on."""
-    if not progress.clip_ranges:
-        return objective
-    if isinstance(objective, WithMaskNoise):
-        return replace(objective, objective=_with_choices(objective.objective, progress))
-    assert isinstance(objective, BlockDiffusion)
-    return replace(objective, clip_ranges=progress.clip_ranges)
-
-
 def _total_steps(config: RunConfig, stream: SampleStream, progress: Progress) -> int:
     """Optimizer steps of the whole run; ConfigError where train.max_epochs makes none, or fewer than the warm-up.
 
@@ -205,102 +190,6 @@ def _total_steps(config: RunConfig, stream: SampleStream, progress: Progress) ->
             ]
         )
     return steps
-
-
-def _with_optimizer_that_runs(config: RunConfig, device: torch.device) -> tuple[RunConfig, list[str]]:
-    """The configuration, with the 32-bit form of an 8-bit optimizer that some rank cannot run, and that fallback.
-
-    Collective. ConfigError under `strict`.
-    """
-    name = config.optimizer.name
-    if name not in IN_32_BITS:
-        return config, []
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, eight_bit_problem(name, device))
-    found = [f"on rank {rank} {problem}" for rank, problem in enumerate(problems) if problem is not None]
-    if not found:
-        return config, []
-    fallback = f"optimizer.name is {IN_32_BITS[name]} instead of {name}, which bitsandbytes cannot run: {found[0]}"
-    if config.strict:
-        raise ConfigError([f"{fallback}; strict is true: mend that, or set optimizer.name={IN_32_BITS[name]}"])
-    return updated(config, {"optimizer.name": IN_32_BITS[name]}), [fallback]
-
-
-def _wkv7_backend(config: RunConfig, device: torch.device) -> tuple[wkv7.Backend | None, list[str]]:
-    """What computes WKV-7 (None without RWKV-7) and the fallbacks taken.
-
-    ConfigError where model.wkv7_kernel cannot run, and under `strict` for a fallback.
-    """
-    kernel, head_size = config.model.wkv7_kernel, config.model.head_size
-    if config.model.backbone != "rwkv7":
-        return None, []
-    assert kernel is not None
-    assert head_size is not None
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    try:
-        wkv7.check_kernel(kernel, device, dtype, head_size)
-    except ValueError as error:
-        raise ConfigError([f"model.wkv7_kernel is {kernel}: {error}"]) from error
-    if kernel == "pytorch":
-        return wkv7.Backend("pytorch", None, str(device), wkv7.versions(), "model.wkv7_kernel is pytorch"), []
-    if device.type == "cuda" and dtype == torch.float32:
-        return wkv7.Backend("pytorch", None, str(device), wkv7.versions(), "the run is fp32, fla's kernel 16-bit"), []
-    backend = wkv7.select_backend(device, head_size)
-    fallback = wkv7.fallback(device, head_size)
-    if fallback is not None and config.strict:
-        raise ConfigError([f"{fallback}, and strict is true: mend that, or set strict=false"])
-    return backend, [fallback] if fallback is not None else []
-
-
-def _attention(config: RunConfig, device: torch.device) -> tuple[Choice | None, list[str]]:
-    """What computes masked attention (None without it) and the fallbacks taken.
-
-    ConfigError where model.attention_kernel cannot run, and under `strict` for a fallback.
-    """
-    kernel = config.model.attention_kernel
-    if kernel is None:
-        return None, []
-    head_dim = config.model.head_dim or Qwen3DiffusionConfig.head_dim
-    try:
-        choice = choose(kernel, device, head_dim, dropout=0.0)
-    except ValueError as error:
-        raise ConfigError([f"model.attention_kernel is {kernel}: {error}"]) from error
-    if choice.kernel == "flex" and device.type == "cpu":
-        raise ConfigError([f"model.attention_kernel is {kernel}: FlexAttention has no backward pass on a CPU"])
-    if device.type != "cuda" or choice.kernel == "flex" or kernel == "sdpa":
-        return choice, []
-    fallback = f"masked attention runs on SDPA, with masks as tensors: {choice.reason}"
-    if config.strict:
-        raise ConfigError([f"{fallback}, and strict is true: mend that, or set model.attention_kernel=sdpa"])
-    return choice, [fallback]
-
-
-def make_objective(config: RunConfig, source: Source) -> Objective:
-    """The objective of a run on `source`. Raises ConfigError where its settings make none."""
-    settings = config.objective.settings()
-    if config.data.random_length_prob:
-        settings |= {"random_length_prob": config.data.random_length_prob}
-        settings |= {"random_length_group": config.data.random_length_group}
-    try:
-        if config.objective.block_lengths is not None:
-            BlockLengths(config.objective.block_lengths).check(source.sequence_length)
-        objective = OBJECTIVES[config.objective.name](
-            seed=config.run.seed,
-            vocabulary=vocabulary(source),
-            isolate_documents=config.data.isolate_documents,
-            **settings,
-        )
-    except ValueError as error:
-        raise ConfigError([f"objective: {error}"]) from error
-    noise = config.objective.mask_noise
-    return objective if noise is None else WithMaskNoise(objective, config.run.seed, *noise)
-
-
-def vocabulary(source: Source) -> Vocabulary:
-    """What an objective needs to know of the source's tokenizer."""
-    tokenizer = source.load_tokenizer()
-    named = {"pad": tokenizer.pad_id} | ({} if tokenizer.bos_id is None else {"bos": tokenizer.bos_id})
-    return Vocabulary(source.mask_id, source.eos_id, source.token_bytes, source.vocab_size, named)
 
 
 def _open_log(config: RunConfig, progress: Progress, max_steps: int, resumed: Resume | None) -> MetricsLog:

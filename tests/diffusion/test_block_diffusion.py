@@ -160,7 +160,7 @@ def test_blocks_of_one_token_give_the_exact_likelihood(backbone: str, direction:
 
 def test_a_length_that_does_not_divide_the_rows_is_refused_before_any_work() -> None:
     from dlm_dist.config import ConfigError, load_config
-    from dlm_dist.training.run import make_objective
+    from dlm_dist.training.objective import make_objective
 
     class Source:
         sequence_length, mask_id, eos_id, vocab_size, token_bytes = 64, 30, 0, 30, None

@@ -215,7 +215,7 @@ def test_protected_tokens_are_never_hidden():
 
 
 def test_a_beginning_of_text_may_be_protected_where_the_tokenizer_names_one():
-    from dlm_dist.training.run import vocabulary
+    from dlm_dist.training.objective import vocabulary
 
     class Source:
         mask_id, eos_id, token_bytes, vocab_size = MASK, EOS, None, SIZE

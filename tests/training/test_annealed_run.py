@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dlm_dist.config import ConfigError, RunConfig, load_config
-from dlm_dist.training.run import _attention, train
+from dlm_dist.training.fallbacks import attention_kernel
+from dlm_dist.training.run import train
 from tests.data_pipeline.test_token_files import write_llmc
 from tests.distributed import runs
 
@@ -87,18 +88,18 @@ def configured(*changes: str) -> RunConfig:
 
 def test_what_runs_masked_attention_is_known_before_the_start() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    choice, fallbacks = _attention(configured(), cuda)
+    choice, fallbacks = attention_kernel(configured(), cuda)
     assert choice is not None
     assert (choice.kernel, fallbacks) == ("flex", [])
     small = configured("model.head_dim=8")
-    choice, (fallback,) = _attention(small, cuda)
+    choice, (fallback,) = attention_kernel(small, cuda)
     assert choice is not None
     assert choice.kernel == "sdpa"
     assert "heads of 8 channels are too small for FlexAttention" in fallback
     with pytest.raises(ConfigError, match="too small for FlexAttention, and strict is true"):
-        _attention(configured("model.head_dim=8", "strict=true"), cuda)
+        attention_kernel(configured("model.head_dim=8", "strict=true"), cuda)
     with pytest.raises(ConfigError, match="has no backward pass on a CPU"):
-        _attention(configured("model.attention_kernel=flex"), cpu)
+        attention_kernel(configured("model.attention_kernel=flex"), cpu)
     with pytest.raises(ConfigError, match="too small"):
-        _attention(configured("model.attention_kernel=flex", "model.head_dim=8"), cuda)
-    assert _attention(configured("model.attention_kernel=sdpa", "strict=true"), cuda)[1] == []
+        attention_kernel(configured("model.attention_kernel=flex", "model.head_dim=8"), cuda)
+    assert attention_kernel(configured("model.attention_kernel=sdpa", "strict=true"), cuda)[1] == []

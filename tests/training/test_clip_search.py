@@ -15,7 +15,8 @@ from dlm_dist.config import ConfigError, RunConfig, load_config, resolve_batch
 from dlm_dist.diffusion.block_diffusion import ClipRange
 from dlm_dist.diffusion.mask_noise import WithMaskNoise
 from dlm_dist.training.batches import gather_totals, prepare_step
-from dlm_dist.training.run import make_objective, train
+from dlm_dist.training.objective import make_objective
+from dlm_dist.training.run import train
 from dlm_dist.training.sources import open_sources
 from tests.data_pipeline.test_token_files import write_llmc
 from tests.distributed import runs

@@ -1,0 +1,57 @@
+"""One line of metrics.jsonl: what is known of a step that has ended (docs/resume.md says what each figure means)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dlm_dist.config import RunConfig
+from dlm_dist.training.batches import StepTotals
+from dlm_dist.training.progress import Progress
+
+
+def place_figures(progress: Progress, positions: tuple[int, int], skipped: str | None) -> dict[str, Any]:
+    """Where the run stands after the step that held `positions`, and why its update was left out, if it was."""
+    return {
+        "step": progress.step,
+        "data_pos": progress.data_pos,
+        "positions": list(positions),
+        "skipped": skipped is not None,
+        "skip_reason": skipped,
+        "skipped_steps": progress.skipped_steps,
+        "rollbacks": progress.rollbacks,
+    }
+
+
+def loss_figures(loss: float, totals: StepTotals, is_bound: bool) -> dict[str, Any]:
+    """What was learned from, and how well it was predicted: `loss` in nats per token."""
+    bits = loss * totals.denominator / math.log(2.0)
+    return {
+        "loss": loss,
+        "bound_nats_per_token": loss if is_bound else None,
+        "bits_per_byte": bits / totals.text_bytes if is_bound and totals.text_bytes else None,
+        "rows_sha256": totals.rows_sha256,
+        "noise_sha256": totals.noise_sha256,
+    }
+
+
+def speed_figures(
+    model: Any, config: RunConfig, totals: StepTotals, seconds: float, phases: Mapping[str, float], peak_flops: float
+) -> dict[str, Any]:
+    """How long it took: `seconds` in all, `phases` from PhaseClock; `peak_flops` (FLOP/s) is that of all ranks."""
+    return {
+        "tokens_per_second": totals.denominator / seconds,
+        "mfu": _flops(model, config, totals) / seconds / peak_flops,
+        "step_seconds": seconds,
+        "data_wait_seconds": phases["data"],
+        **{f"{name}_seconds": phases[name] for name in ("forward", "backward", "optimizer", "save", "evaluation")},
+    }
+
+
+def _flops(model: Any, config: RunConfig, totals: StepTotals) -> float:
+    """Model FLOPs of a step: backward counts twice the forward, the head runs on scored rows only."""
+    length = config.data.sequence_length
+    assert length is not None
+    body = model.flops_per_token(length) * totals.read
+    return 3.0 * (body + model.head_flops_per_row() * totals.supervised)
