@@ -20,7 +20,8 @@ def dequantise(codes: torch.Tensor, scales: torch.Tensor, book: torch.Tensor) ->
 def quantise(values: torch.Tensor, book: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest codes uint8 [blocks, 256] and scales fp32 [blocks] of `values` fp32 [blocks, 256]; `book` is sorted.
 
-    What came out of whole blocks of `dequantise` gets its codes back, and its scale up to its last bit.
+    What came out of whole blocks of `dequantise` gets its codes back, and its scale up to its last bit. Nothing but 0
+    becomes 0: Adam divides by the root of its second moment, and a lost one would make a huge step.
     """
     scales = values.amax(1).clamp(min=0)
     lowest = book[0]
@@ -28,4 +29,5 @@ def quantise(values: torch.Tensor, book: torch.Tensor) -> tuple[torch.Tensor, to
         scales = torch.maximum(scales, values.amin(1) / lowest)
     normed = values / torch.where(scales > 0, scales, 1.0)[:, None]
     codes = torch.bucketize(normed, (book[1:] + book[:-1]) / 2)
+    codes += torch.where(book[codes] == 0, normed.sign().long(), 0)
     return codes.to(torch.uint8), scales
