@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dlm_dist.config import ConfigError
-from dlm_dist.training import optimizers, run, zero_state
+from dlm_dist.training import optimizers, zero_state
+from dlm_dist.training.fallbacks import with_optimizer_that_runs
 from dlm_dist.training.lion import Lion
 from dlm_dist.training.optimizers import eight_bit_problem
 from tests.training.conftest import run_steps, tiny_config, tiny_engine
@@ -55,21 +56,21 @@ def test_the_32_bit_form_trains_alike(stage, eight_bit):
 def test_what_runs_is_left_alone(name):
     assert eight_bit_problem(name, CPU) is None
     config = tiny_config(f"optimizer.name={name}", "strict=true")
-    assert run._with_optimizer_that_runs(config, CPU) == (config, [])
+    assert with_optimizer_that_runs(config, CPU) == (config, [])
 
 
 def test_what_cannot_run_is_replaced_and_said_to_be(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for name, other in (("adamw8bit", "adamw"), ("lion8bit", "lion")):
         config = tiny_config(f"optimizer.name={name}", "optimizer.lr=0.0123")
-        replaced, (fallback,) = run._with_optimizer_that_runs(config, CPU)
+        replaced, (fallback,) = with_optimizer_that_runs(config, CPU)
         assert replaced.optimizer == config.optimizer.model_copy(update={"name": other})
         assert f"optimizer.name is {other} instead of {name}" in fallback
         assert "on rank 0 ModuleNotFoundError: import of bitsandbytes halted" in fallback
         with pytest.raises(ConfigError, match=f"strict is true: mend that, or set optimizer.name={other}"):
-            run._with_optimizer_that_runs(tiny_config(f"optimizer.name={name}", "strict=true"), CPU)
+            with_optimizer_that_runs(tiny_config(f"optimizer.name={name}", "strict=true"), CPU)
         plain = tiny_config(f"optimizer.name={other}", "strict=true")
-        assert run._with_optimizer_that_runs(plain, CPU) == (plain, [])
+        assert with_optimizer_that_runs(plain, CPU) == (plain, [])
 
 
 def test_a_broken_step_is_a_problem(monkeypatch):
