@@ -31,6 +31,9 @@ from data_pipeline.tokenizer_base import Tokenizer
 _MAX_OPEN_FILES = 64
 _SAMPLED_BLOCKS = 64
 _BLOCK_BYTES = 65536
+_SCANNED_BYTES = 4 * 2**30
+"""Files of up to this much together are read whole at opening: some seconds, once a start."""
+_SCAN_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class TokenFileSource(Source):
     """The rows of token files that were made with `tokenizer`.
 
     path: what the user named. Raises DataError where the files hold no row, cannot have been made with the tokenizer,
-    or hold ids that it does not have in what is sampled at opening (every row is checked when it is read).
+    or hold ids that it does not have (beyond 4 GiB a sample is looked at, and every row when it is read).
     """
 
     def __init__(self, path: Path, tokens: TokenFiles, sequence_length: int, tokenizer: Tokenizer) -> None:
@@ -111,7 +114,8 @@ class TokenFileSource(Source):
         self._first_rows = np.cumsum([0, *rows[:-1]], dtype=np.int64)
         self._open_files = OpenFiles(self._open_file, _MAX_OPEN_FILES)
         self._require_rows_and_width()
-        self.fingerprint, self.notes = self._sampled()
+        self.fingerprint, notes = self._sampled()
+        self.notes = (*notes, *self._scanned())
 
     @property
     def num_tokens(self) -> int:
@@ -175,6 +179,20 @@ class TokenFileSource(Source):
                 f"{file.path}: token {start + first} is the id {token}, which {what}: {self._tokenizer.name} has ids "
                 f"from 0 to {self.vocab_size - 1}, {self.mask_id} being the mask; name the tokenizer that made the file"
             )
+
+    def _scanned(self) -> tuple[str, ...]:
+        """Look for ids that text cannot have in all files, or, of too much, a note that only a sample was looked at."""
+        total = sum(file.num_tokens * file.dtype.itemsize for file in self.token_files)
+        if total > _SCANNED_BYTES:
+            return (
+                f"{self.path}: {total / 1e9:.0f} GB of tokens, of which only a sample was looked at for ids that text "
+                "cannot have, as the mask; every row is looked at again when it is read",
+            )
+        for number, file in enumerate(self.token_files):
+            for start in range(0, file.num_tokens, _SCAN_TOKENS):
+                count = min(_SCAN_TOKENS, file.num_tokens - start)
+                self._require_known(file, start, self._open_files[number].read(start, count))
+        return ()
 
     def _sampled(self) -> tuple[str, tuple[str, ...]]:
         """The fingerprint, and a note if no document ends in what it looks at.

@@ -48,7 +48,7 @@ _OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "shift": _MASKED,
     "attention_annealing": _MASKED,
     "label_smoothing": ("soft_ce",),
-    "confidence_weight": _MASKED,
+    "confidence_weight": _DRAWN,
     "block_lengths": ("wsd", "block"),
     "clip_search": ("block",),
     "card_tail": ("card",),
@@ -92,7 +92,7 @@ class ObjectiveSection(Section):
     schedule: (
         Annotated[
             Literal["linear", "cosine", "cosine_squared", "power", "sigmoid", "geometric", "table"],
-            _other_name({"uniform": "linear", "log_linear": "linear"}),
+            _other_name(dict.fromkeys(("uniform", "log_linear", "loglinear", "log-linear"), "linear")),
         ]
         | None
     ) = Field(
@@ -100,7 +100,7 @@ class ObjectiveSection(Section):
         description="share of hidden tokens as a function of time (docs/objectives.md has the formulas); linear is "
         "also called uniform and log_linear; null = linear",
     )
-    schedule_exponent: Annotated[float, Field(ge=0.05, le=20.0)] | None = Field(
+    schedule_exponent: Annotated[float, Field(ge=0.5, le=20.0)] | None = Field(
         default=None, description="power: exponent of t; null = 2"
     )
     schedule_steepness: Annotated[float, Field(gt=0.0, le=40.0)] | None = Field(
@@ -154,7 +154,7 @@ class ObjectiveSection(Section):
     )
     noise_type: Literal["mask", "random_replace"] | None = Field(
         default=None,
-        description="mask: hidden tokens become the mask token; random_replace: another token drawn uniformly, and the "
+        description="mask: hidden tokens become the mask token; random_replace: a token drawn uniformly, and the "
         "loss is no bound; null = mask",
     )
     mask_contiguous_region_prob: Fraction | None = Field(

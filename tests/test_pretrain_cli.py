@@ -147,7 +147,7 @@ def test_nothing_is_made_for_a_run_without_an_objective(mistakes, tmp_path_facto
             "falls",
             "objective.schedule_points is [0.0, 0.6, 0.4, 1.0]: expected shares that start with 0, rise everywhe",
         ),
-        ("flat", "objective.schedule_exponent is 0: expected a number at least 0.05 and at most 20 or null"),
+        ("flat", "objective.schedule_exponent is 0: expected a number at least 0.5 and at most 20 or null"),
         ("direction", 'model.direction is "bidirectional": expected causal, since objective.name is card'),
         ("mask is eos", "the id 256 cannot be the mask of bytes"),
         ("mask in data", "mask.bin: token 40 is the id 257, which hides tokens and is in no text"),

@@ -98,6 +98,7 @@ class BlockDiffusion:
     t_max: float = 1.0
     clip_search: bool = False
     clip_ranges: tuple[ClipRange, ...] = ()
+    confidence_weight: float = 0.0
     random_length_prob: float = 0.0
     random_length_group: int = 1
     isolate_documents: bool = False
@@ -126,11 +127,12 @@ class BlockDiffusion:
 
     def not_a_bound(self) -> list[str]:
         """The settings for which the loss is no bound, as `key=value`; empty where it is one."""
-        whole = {"t_min": 0.0, "t_max": 1.0, "clip_search": False}
+        whole = {"t_min": 0.0, "t_max": 1.0, "clip_search": False, "confidence_weight": 0.0}
         return [f"{key}={getattr(self, key)}" for key, value in whole.items() if getattr(self, key) != value]
 
     def head_settings(self) -> dict[str, float]:
-        return {}
+        """LLaDA 2's confidence term, where it is on."""
+        return {"confidence_weight": self.confidence_weight} if self.confidence_weight else {}
 
     def corrupt(self, rows: RowsLike) -> NoisyBatch:
         """Corrupt rows [B, T]. Raises ValueError where a block length does not divide T."""

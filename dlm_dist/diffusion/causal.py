@@ -109,7 +109,8 @@ class CausalDiffusion:
         times = stratified_times(self.seed, rows.positions)
         inputs, documents = _shifted(rows, there, self.isolate_documents, self.vocabulary.eos_id)
         hidden = self._hidden(rows.positions, times, lengths, length)
-        weights = np.where(there, recency_weights(hidden, self.soft_tail_p, self.soft_tail_beta), 0.0)
+        sighted = documents if documents is not None else np.zeros(tokens.shape, dtype=np.int32)
+        weights = np.where(there, recency_weights(hidden, self.soft_tail_p, self.soft_tail_beta, sighted), 0.0)
         weights *= (lengths / weights.sum(axis=1))[:, None]
         return NoisyBatch(
             inputs=np.where(_behind_one(hidden), self.vocabulary.mask_id, inputs),

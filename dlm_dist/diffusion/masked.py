@@ -62,6 +62,8 @@ class _Samples:
     """[S, T] not cut off."""
     eligible: BoolArray
     """[S, T] what may be hidden and scored: there, not protected, and in the chosen block where only one is."""
+    maskable: IntArray
+    """[S] tokens of the whole row that may be hidden."""
     blank: BoolArray
     """[S, T] what is neither shown nor scored: what was cut off, and what follows the chosen block."""
     blocks: IntArray
@@ -214,7 +216,7 @@ class MaskedDiffusion:
         )
         counted = {
             "tokens": None,
-            "maskable": samples.eligible.sum(axis=1) * samples.blocks,
+            "maskable": samples.maskable,
             "scored": (weights > 0).sum(axis=1),
         }
         batch = NoisyBatch(
@@ -251,6 +253,7 @@ class MaskedDiffusion:
         tokens, there = tokens.repeat(repeat, axis=0), there.repeat(repeat, axis=0)
         lengths, positions = lengths.repeat(repeat), rows.positions.repeat(repeat)
         eligible = there & ~np.isin(tokens, self._protected_ids) if self.protected_tokens else there
+        maskable = eligible.sum(axis=1)
         blank, blocks = ~there, np.ones_like(lengths)
         if self._blocks is not None:
             size = self._blocks.at(positions, tokens.shape[1])
@@ -262,7 +265,7 @@ class MaskedDiffusion:
             place = np.arange(tokens.shape[1])
             eligible = eligible & (place >= first) & (place < behind)
             blank = blank | (place >= behind)
-        return _Samples(tokens, there, eligible, blank, blocks, positions), lengths
+        return _Samples(tokens, there, eligible, maskable, blank, blocks, positions), lengths
 
     def _hide(self, samples: _Samples, document_ids: NDArray[np.int32]) -> tuple[BoolArray, FloatArray, FloatArray]:
         """What is hidden [S, T], what each token weighs [S, T], and the times [S]."""
@@ -281,11 +284,12 @@ class MaskedDiffusion:
         else:
             hidden, level = self._hide_part(samples, eligible, self.seed)
             weights = self._sample_weights(level)
+        isolated = document_ids.repeat(self.draws_per_row, axis=0) if self.isolate_documents else np.zeros_like(hidden)
+        documents = np.where(samples.there, isolated, -1).astype(np.int32)
         if self.weighting == "cart":
-            documents = document_ids.repeat(self.draws_per_row, axis=0) if self.isolate_documents else np.int32(0)
-            weights = cart_weights(hidden, np.where(samples.there, documents, -1).astype(np.int32), self.cart_p)
+            weights = cart_weights(hidden, documents, self.cart_p)
         if self.weighting == "soft_tail":
-            weights = recency_weights(hidden, self.soft_tail_p, self.soft_tail_beta)
+            weights = recency_weights(hidden, self.soft_tail_p, self.soft_tail_beta, documents)
         if self.reweight_cap is not None:
             weights = np.minimum(weights, self.reweight_cap)
         # One block stands for all of its row's.

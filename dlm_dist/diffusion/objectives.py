@@ -34,15 +34,23 @@ _NANO_LLADA: dict[str, Any] = {
     "normalization": "maskable",
     "t_min": 1e-3,
     "t_max": 0.999,
-    "protected_tokens": ("eos",),
 }
+
+
+def _nano_llada(**settings: Any) -> MaskedDiffusion:
+    """Its beginnings and ends of text are never hidden; not every tokenizer has a beginning."""
+    vocabulary: Vocabulary = settings["vocabulary"]
+    return MaskedDiffusion(
+        **{"protected_tokens": ("eos", "bos") if "bos" in vocabulary.named else ("eos",), **settings}
+    )
+
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "mdlm": MaskedDiffusion,
     "dllm": partial(MaskedDiffusion, name="dllm", masking="bernoulli", times="independent", normalization="maskable"),
     "soft_ce": partial(MaskedDiffusion, name="soft_ce", weighting="inverse_rate", label_smoothing=0.1),
-    "iid_t": partial(MaskedDiffusion, name="iid_t", **_NANO_LLADA),
-    "wsd": partial(MaskedDiffusion, name="wsd", schedule="cosine_squared", block_lengths=((0, 32),), **_NANO_LLADA),
+    "iid_t": partial(_nano_llada, name="iid_t", **_NANO_LLADA),
+    "wsd": partial(_nano_llada, name="wsd", schedule="cosine_squared", block_lengths=((0, 32),), **_NANO_LLADA),
     "block": BlockDiffusion,
     "ar": Autoregressive,
     "card": CausalDiffusion,

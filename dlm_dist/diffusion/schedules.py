@@ -94,9 +94,12 @@ def cosine_squared() -> Schedule:
 
 
 def power(exponent: float = 2.0) -> Schedule:
-    """rate(t) = t^exponent: above 1 more time at few hidden tokens, below 1 at many. 0.05 <= exponent <= 20."""
-    if not 0.05 <= exponent <= 20.0:
-        raise ValueError(f"The schedule power has exponent {exponent}: expected a number from 0.05 to 20.")
+    """rate(t) = t^exponent: above 1 more time at few hidden tokens, below 1 at many. 0.5 <= exponent <= 20.
+
+    Below 0.5 the few samples with few hidden tokens, which the bound needs, would in practice never be drawn.
+    """
+    if not 0.5 <= exponent <= 20.0:
+        raise ValueError(f"The schedule power has exponent {exponent}: expected a number from 0.5 to 20.")
     return Schedule(
         "power",
         "t^exponent",

@@ -161,17 +161,20 @@ def cart_weights(masks: BoolArray, document_ids: NDArray[np.int32], p: float) ->
     return weights
 
 
-def recency_weights(masks: BoolArray, p: float, beta: float) -> FloatArray:
+def recency_weights(masks: BoolArray, p: float, beta: float, document_ids: NDArray[np.int32]) -> FloatArray:
     """CARD's weight of each token [B, T]: the less, the more hidden tokens precede it closely.
 
     w_n = 1 / (beta + S), S = sum over i < n of C_i (1 - p)^(n - 1 - i), C_i = 1 for a hidden token and 2 where the one
-    before is hidden as well (arXiv 2601.22031).
+    before is hidden as well (arXiv 2601.22031). `document_ids` [B, T]: only tokens of the same document count.
     """
+    same = document_ids[:, 1:] == document_ids[:, :-1]
     cost = masks.astype(np.float64)
-    cost[:, 1:] += masks[:, 1:] & masks[:, :-1]
+    cost[:, 1:] += masks[:, 1:] & masks[:, :-1] & same
     weights = np.empty(masks.shape)
     total = np.zeros(len(masks))
     for n in range(masks.shape[1]):
+        if n:
+            total = np.where(same[:, n - 1], total, 0.0)
         weights[:, n] = 1.0 / (beta + total)
         total = cost[:, n] + (1.0 - p) * total
     return weights

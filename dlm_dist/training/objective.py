@@ -19,6 +19,8 @@ def make_objective(config: RunConfig, source: Source) -> Objective:
         settings |= {"random_length_prob": config.data.random_length_prob}
         settings |= {"random_length_group": config.data.random_length_group}
     try:
+        if config.objective.one_block_length is not None:
+            BlockLengths(((0, config.objective.one_block_length),)).check(source.sequence_length)
         if config.objective.block_lengths is not None:
             BlockLengths(config.objective.block_lengths).check(source.sequence_length)
         objective = OBJECTIVES[config.objective.name](

@@ -286,14 +286,20 @@ def test_a_folder_leaves_no_damaged_file_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "what"), [(258, "the tokenizer does not have"), (257, "hides tokens and is in no text")]
 )
-def test_unknown_ids_are_named_at_opening_or_reading(tmp_path: Path, bad: int, what: str) -> None:
+def test_unknown_ids_are_named_at_opening_or_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int, what: str
+) -> None:
     tokens = words(40)
     tokens[13] = bad
     refused(write_llmc(tmp_path / "x.bin", tokens), rf"x\.bin: token 13 is the id {bad}, which {what}: bytes has ids")
-    # Large enough that opening does not look at token 33,500.
+    # Large enough that the samples leave token 33,500 out.
     tokens = words(2_200_000)
     tokens[33_500] = bad
-    source = open_source(write_llmc(tmp_path / "y.bin", tokens), 1000, BYTES)
+    large = write_llmc(tmp_path / "y.bin", tokens)
+    refused(large, rf"y\.bin: token 33500 is the id {bad}, which {what}")
+    monkeypatch.setattr(token_files, "_SCANNED_BYTES", 4_000_000)
+    source = open_source(large, 1000, BYTES)
+    assert any("only a sample was looked at" in note for note in source.notes)
     source.read([32, 34])
     with pytest.raises(DataError, match=rf"y\.bin: token 33500 is the id {bad}"):
         source.read([33])

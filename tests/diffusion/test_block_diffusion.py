@@ -103,6 +103,13 @@ def test_clipped_times_are_no_bound() -> None:
     assert times.max() <= 0.8
 
 
+def test_the_confidence_term_of_blocks_is_no_bound() -> None:
+    sharpened = blocks((0, 4), confidence_weight=0.5)
+    assert sharpened.head_settings() == {"confidence_weight": 0.5}
+    assert sharpened.not_a_bound() == ["confidence_weight=0.5"]
+    assert blocks((0, 4)).head_settings() == {}
+
+
 def test_a_chosen_range_holds_from_its_position_on_for_blocks_of_its_length() -> None:
     chosen = (ClipRange(20, 4, 0.5, 0.75), ClipRange(30, 8, 0.0, 0.1), ClipRange(60, 4, 0.25, 1.0))
     objective = blocks((40 * 16, 4), (10 * 16, 8), (0, 4), t_max=0.5, clip_search=True, clip_ranges=chosen)

@@ -396,6 +396,9 @@ def test_nano_lladas_draws():
         assert made.not_a_bound() == ["t_min=0.001", "t_max=0.999", "protected_tokens=('eos',)"]
         whole = replace(made, t_min=0.0, t_max=1.0, protected_tokens=())
         assert whole.is_bound
+        begun = OBJECTIVES[name](seed=1, vocabulary=replace(vocabulary, named={"bos": 7}))
+        assert begun.protected_tokens == ("eos", "bos")
+        assert not begun.corrupt(ROWS).masks[np.isin(ROWS.tokens, (EOS, 7))].any()
     iid_t = OBJECTIVES["iid_t"](seed=1, vocabulary=vocabulary)
     batch = iid_t.corrupt(ROWS)
     assert not batch.masks[ROWS.tokens == EOS].any()

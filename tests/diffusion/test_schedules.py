@@ -13,7 +13,7 @@ PARAMETERS = {
     "linear": st.just({}),
     "cosine": st.just({}),
     "cosine_squared": st.just({}),
-    "power": st.fixed_dictionaries({"exponent": st.floats(0.3, 8.0)}),
+    "power": st.fixed_dictionaries({"exponent": st.floats(0.5, 8.0)}),
     "sigmoid": st.fixed_dictionaries({"steepness": st.floats(0.1, 30.0)}),
     "geometric": st.fixed_dictionaries({"sigma_min": st.floats(1e-5, 0.5), "sigma_max": st.floats(1.0, 25.0)}),
     "table": st.lists(st.floats(0.05, 1.0), min_size=1, max_size=6).map(

@@ -142,6 +142,48 @@ def test_one_block_at_a_time_estimates_the_bound_of_all_blocks(schedule, masking
     assert abs(strays(objective, truth=enumerated_bound_of_blocks())) < 4
 
 
+@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize("length", [5, 20, 32])
+@pytest.mark.parametrize("name", ["mdlm", "dllm"])
+def test_one_block_that_is_shorter_than_the_others_biases_nothing(name, length, batch):
+    """The denominator of a batch must not depend on which blocks were chosen. One loss per place: its mean is known."""
+    objective = OBJECTIVES[name](seed=3, vocabulary=IDS, one_block_length=length)
+    assert objective.is_bound
+    width, steps = 32, 4096
+    costs = np.linspace(3.0, 0.0, width)
+    zeros = np.zeros(batch, dtype=np.int64)
+    tokens = np.zeros((batch, width), dtype=np.int64)
+    losses = []
+    for step in range(steps):
+        positions = np.arange(batch) + step * batch
+        found = objective.corrupt(Rows(tokens, np.zeros(tokens.shape, np.int32), positions, zeros, zeros))
+        losses.append((found.weights * costs).sum() / found.denominator)
+    assert abs(errors_away(np.array(losses) - 1.5)) < 4
+
+
+EXTREMES = [
+    ("power", {"exponent": 0.5}),
+    ("power", {"exponent": 20.0}),
+    ("sigmoid", {"steepness": 40.0}),
+    ("geometric", {"sigma_min": 1e-4, "sigma_max": 30.0}),
+]
+
+
+@pytest.mark.parametrize("masking", ["exact", "bernoulli"])
+@pytest.mark.parametrize(("schedule", "parameters"), EXTREMES, ids=str)
+def test_a_bound_stays_one_at_the_ends_of_what_a_schedule_takes(schedule, parameters, masking):
+    """What the bound needs is drawn often enough to show in the mean: a constant loss comes out as it is."""
+    objective = MaskedDiffusion(1, IDS, schedule=schedule, schedule_parameters=parameters, masking=masking)
+    assert objective.is_bound
+    count, width = 16384, 128
+    zeros = np.zeros(count, dtype=np.int64)
+    tokens = np.zeros((count, width), dtype=np.int64)
+    batch = objective.corrupt(Rows(tokens, np.zeros(tokens.shape, np.int32), np.arange(count), zeros, zeros))
+    means = batch.weights.sum(axis=1) / width
+    assert abs(means.mean() - 1.0) < 0.1
+    assert abs(errors_away(means - 1.0)) < 4
+
+
 def block_residuals(**settings) -> tuple[BlockDiffusion, np.ndarray]:
     """Block diffusion in blocks of two, and what each of its samples sums beyond the enumerated bound of its row."""
     objective = BlockDiffusion(5, IDS, block_lengths=((0, 2),), **settings)

@@ -78,4 +78,15 @@ def test_recency_weights_are_the_sum():
     masks = np.array([[False, True, True, False, True, True]])
     # Costs 0, 1, 2, 0, 1, 2 of what is hidden, halved with every step.
     before = np.array([0, 0, 1, 0.5 + 2, 0.25 + 1, 0.125 + 0.5 + 1])
-    assert np.allclose(recency_weights(masks, 0.5, 2.0), 1 / (2 + before))
+    assert np.allclose(recency_weights(masks, 0.5, 2.0, np.zeros(masks.shape, np.int32)), 1 / (2 + before))
+
+
+def test_recency_weights_begin_anew_with_each_document():
+    random = np.random.default_rng(1)
+    masks = random.random((4, 30)) < 0.5
+    documents = np.zeros((4, 30), dtype=np.int32)
+    documents[:, 12:] = 1
+    found = recency_weights(masks, 0.3, 1.0, documents)
+    for part in (slice(0, 12), slice(12, 30)):
+        alone = recency_weights(masks[:, part], 0.3, 1.0, np.zeros(masks[:, part].shape, np.int32))
+        assert np.allclose(found[:, part], alone)
