@@ -166,16 +166,22 @@ class Block(GradientCheckpointingLayer):
         documents: Documents | None,
         below: Tensor | None = None,
         resume: LayerState | None = None,
+        keep_state: bool = True,
     ) -> BlockOutput:
-        """x [B, T, C] and v_first (None in block 0) -> both anew. For `below` and `resume` see `TimeMix`."""
+        """x [B, T, C] and v_first (None in block 0) -> both anew. For `below` and `resume` see `TimeMix`.
+
+        `keep_state` False gives no state: with an output that no loss depends on, the backward pass of ZeRO-3 under
+        gradient checkpointing meets weights that are not gathered.
+        """
         if self.layer == 0:
             x = self.ln0(x)
         mixed, v_first, scan = self.att(self.ln1(x), v_first, documents, below, None if resume is None else resume.att)
         x = x + mixed
         normed = self.ln2(x)
         x = x + self.ffn(normed, documents, None if resume is None else resume.ffn_previous)
-        end = None if scan is None else LayerState(scan, last_rows(normed, documents))
-        return BlockOutput(x, v_first, end)
+        if scan is None or not keep_state:
+            return BlockOutput(x, v_first, None)
+        return BlockOutput(x, v_first, LayerState(scan, last_rows(normed, documents)))
 
 
 class RWKV7ForDiffusion(PreTrainedModel):
@@ -267,8 +273,8 @@ class RWKV7ForDiffusion(PreTrainedModel):
             x = x.flatten(0, 1).unsqueeze(0)
         v_first = below = None
         for block in self.blocks:
-            x, v_first, state = block(x, v_first, documents, below)
-            below = state.att.wkv if self.direction == "dw_jrt" else None
+            x, v_first, state = block(x, v_first, documents, below, None, self.direction == "dw_jrt")
+            below = None if state is None else state.att.wkv
         if clean_ids is not None:
             x = x[:, : input_ids.numel()]
         return x.view(*input_ids.shape, -1)

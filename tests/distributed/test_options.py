@@ -58,6 +58,16 @@ def test_everything_at_once_and_resumed(data, tmp_path):
     assert all(start["versions"]["deepspeed"] and start["command"] for start in starts)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["causal", "alternate", "dw_jrt"])
+def test_gradient_checkpointing_changes_nothing_under_zero3(direction, data, tmp_path):
+    kept, again = tmp_path / "kept", tmp_path / "again"
+    settings = {"zero__stage": 3, "model__direction": direction, "train__max_steps": 3, "checkpoint__every": None}
+    runs.train(runs.overrides(data, kept, **settings))
+    runs.train(runs.overrides(data, again, model__gradient_checkpointing=True, **settings))
+    runs.assert_same_steps(again, kept)
+
+
 def test_init_from_reports_what_fitted(data, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     other_ranks = {"model__decay_low_rank_dim": 8, "model__gate_low_rank_dim": 16}
