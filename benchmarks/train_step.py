@@ -256,6 +256,7 @@ class TrainerSystem:
             save=lambda progress: None,
             writer=CheckpointWriter(config.run.dir / "checkpoints"),
             alarm=lambda: None,
+            has_checkpoint=False,
             restore=Progress,
             guards=Guards(),
             stop=StopRequest(None),

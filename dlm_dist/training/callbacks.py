@@ -25,7 +25,7 @@ from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.metrics import MetricsLog
 from dlm_dist.training.progress import Progress
 from dlm_dist.training.records import versions
-from dlm_dist.training.resume import topology
+from dlm_dist.training.resume import Resume, leave_other_branches, topology
 from dlm_dist.training.sources import open_validation
 
 EVALUATED_AS = {"ar": "ar", "card": "ar", "block": "block"}
@@ -174,10 +174,16 @@ class Callbacks:
     def restore(self) -> Progress:
         """Put the newest checkpoint back into the engine -> where it stands."""
         self.writer.finish()
-        path, _ = checkpoint.find_resumable(self.config.run.dir / "checkpoints", "auto")
+        run_dir = self.config.run.dir
+        path, passed_over = checkpoint.find_resumable(run_dir / "checkpoints", "auto")
         assert path is not None, "a run that may roll back saves its start"
         checkpoint.put_back(self.engine, path)
-        return Progress.from_state(load_trainer_state(path))
+        state = load_trainer_state(path)
+        notes = [*passed_over, *leave_other_branches(run_dir, Resume(path, state))]
+        if self.log is not None:
+            for note in notes:
+                self.log.console.line(f"note: {note}")
+        return Progress.from_state(state)
 
     def _trainer_state(self, progress: Progress) -> dict[str, Any]:
         size = self.config.train.global_batch_size

@@ -66,6 +66,8 @@ class Trainer:
     writer: CheckpointWriter
     alarm: Callable[[], str | None]
     """Why this rank wants the run to end before its next step; None: it does not."""
+    has_checkpoint: bool
+    """Whether the run's folder holds the checkpoint that this start goes on from."""
     restore: Callable[[], Progress]
     """Puts the newest checkpoint back into the engine."""
     guards: Guards
@@ -79,7 +81,7 @@ class Trainer:
         CheckpointError where a checkpoint could not be written.
         """
         self.seek(progress)
-        if progress.step == 0 and self.guards.grad_norm_spike is not None:
+        if self.guards.grad_norm_spike is not None and not self.has_checkpoint:
             self.save(progress)  # a rollback needs somewhere to go
         # Also at the start: a kill may have come between the checkpoint of this step and its evaluation.
         self._look(progress)

@@ -71,7 +71,7 @@ def find_resume(run_dir: Path, wanted: str | None) -> tuple[Resume | None, list[
     path, passed_over = checkpoint.find_resumable(folder, wanted)
     if path is None:
         return None, []
-    own, state = _from_rank_0((path.resolve().parent == folder.resolve(), checkpoint_files.load_trainer_state(path)))
+    own, state = _from_rank_0((is_of_run(path, run_dir), checkpoint_files.load_trainer_state(path)))
     if used and not own:
         raise ConfigError(
             [
@@ -81,6 +81,11 @@ def find_resume(run_dir: Path, wanted: str | None) -> tuple[Resume | None, list[
         )
     notes = [f"passed over: {problem}" for problem in passed_over]
     return Resume(path, state), notes
+
+
+def is_of_run(path: Path, run_dir: Path) -> bool:
+    """Whether the checkpoint `path` is one of the run in `run_dir`."""
+    return path.resolve().parent == (run_dir / "checkpoints").resolve()
 
 
 def _from_rank_0(value: Any) -> Any:

@@ -96,6 +96,7 @@ def run(stage: int, precision: str, kind: str, rank: int, world: int) -> dict[st
         save=lambda progress: None,
         writer=CheckpointWriter(Path("unused")),
         alarm=lambda: None,
+        has_checkpoint=False,
         restore=Progress,
         guards=Guards(loss_spike=config.guards.loss_spike),
         stop=StopRequest(None),

@@ -113,6 +113,20 @@ def test_a_gradient_spike_goes_back_and_leaves_its_step_out(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_may_roll_back_is_resumed_at_its_start_and_in_another_folder(data, tmp_path):
+    """Where it has a checkpoint of its own it does not write that again; where it has none it writes one."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    changes = {"guards__grad_norm_spike": 1e6, "train__max_steps": 6, "checkpoint__every": 4}
+    runs.train_and_kill(runs.overrides(data, run, "qwen3", **changes), run, at_step=2, ranks=1)
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-0"]
+    runs.train(runs.overrides(data, run, "qwen3", **changes), ranks=1, resume="auto")
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-0", "step-4", "step-6"]
+    start = str(run / "checkpoints" / "step-4")
+    runs.train(runs.overrides(data, other, "qwen3", **changes), ranks=1, resume=start)
+    assert [path.name for path in list_checkpoints(other / "checkpoints")] == ["step-4", "step-6"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loss", "grad_norm"])
 @pytest.mark.parametrize("stage", range(4))
 def test_a_resume_draws_the_same_conclusions(kind, stage, data, tmp_path):

@@ -51,6 +51,7 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0, c
         save=None,
         writer=None,
         alarm=lambda: None,
+        has_checkpoint=False,
         restore=None,
         guards=Guards(),
         stop=StopRequest(None),
