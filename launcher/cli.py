@@ -17,6 +17,7 @@ from launcher.convert_command import add_convert_command
 from launcher.data_commands import add_data_commands
 from launcher.evaluate_command import add_evaluate_command
 from launcher.generate_command import add_generate_command
+from launcher.goodput_command import add_goodput_command
 from launcher.info_commands import add_info_commands
 from launcher.init_command import add_init_command
 
@@ -27,6 +28,7 @@ _GROUPS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], N
     add_generate_command,
     add_evaluate_command,
     add_checkpoint_commands,
+    add_goodput_command,
     add_info_commands,
 )
 
