@@ -36,6 +36,8 @@ class Verdict:
     """Why the step must not update the weights."""
     stop_wanted: bool
     """Some rank was asked to end the run."""
+    save_wanted: bool
+    """A checkpoint was asked for."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,22 @@ class Trainer:
         # Also at the start: a kill may have come between the checkpoint of this step and its evaluation.
         self._look(progress)
         while progress.step < self.max_steps:
-            stop_wanted, spike = self.step(progress)
+            verdict, spike = self.step(progress)
             if spike is not None:
                 self._roll_back(progress, spike)
                 continue
             self._give_up_after_many_skips(progress)
             finished = progress.step == self.max_steps
             # Saved first: nothing that goes wrong while evaluating costs the steps before it.
+            now = finished or verdict.stop_wanted or verdict.save_wanted
             with self.clock.during("save"):
-                if finished or stop_wanted or _due(self.config.checkpoint.every, progress.step):
+                if now or _due(self.config.checkpoint.every, progress.step):
                     self.save(progress)
-                if finished or stop_wanted:
+                if now:
                     self.writer.finish()
-            if stop_wanted and not finished:
+            if verdict.save_wanted:
+                self.stop.saved()
+            if verdict.stop_wanted and not finished:
                 raise StoppedEarlyError(
                     f"stopped behind step {progress.step} of {self.max_steps}, which is saved: "
                     f"{self._who_said(self.stop.reason)}; go on with --resume auto"
@@ -123,8 +128,8 @@ class Trainer:
             if self.sample is not None and step > 0 and _due(settings.sample_every, step):
                 self.sample(progress)
 
-    def step(self, progress: Progress) -> tuple[bool, str | None]:
-        """One optimizer step, recorded; moves `progress` -> (a stop is wanted, why the step must be taken back).
+    def step(self, progress: Progress) -> tuple[Verdict, str | None]:
+        """One optimizer step, recorded; moves `progress` -> (what was agreed on, why the step must be taken back).
 
         Collective: every rank must call.
         """
@@ -157,7 +162,7 @@ class Trainer:
                     "lr": lr,
                 }
             )
-        return verdict.stop_wanted, spike
+        return verdict, spike
 
     def _learning_rate(self, step: int) -> float:
         settings = self.config.optimizer
@@ -198,10 +203,11 @@ class Trainer:
 
     def _agree(self, total: torch.Tensor, totals: StepTotals, progress: Progress) -> Verdict:
         """The loss over all ranks, and what follows from it before the last backward. Collective."""
-        numbers = torch.tensor([total.item(), float(self.stop.reason is not None)], dtype=torch.float64)
+        asked = float(self.stop.reason is not None), float(self.stop.save_wanted)
+        numbers = torch.tensor([total.item(), *asked], dtype=torch.float64)
         dist.all_reduce(numbers, group=self.host_group)
         loss = numbers[0].item() / totals.denominator
-        return Verdict(loss, self.guards.refuses_loss(loss, progress), bool(numbers[1]))
+        return Verdict(loss, self.guards.refuses_loss(loss, progress), bool(numbers[1]), bool(numbers[2]))
 
     def _judge(self, verdict: Verdict, norm: float, progress: Progress) -> tuple[str | None, str | None]:
         """-> (why the update was left out, why an update that was made must be taken back). Collective."""

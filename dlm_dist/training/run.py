@@ -41,6 +41,7 @@ from dlm_dist.training.resume import (
 from dlm_dist.training.sources import open_sources
 from dlm_dist.training.starting_model import mask_notes, resolve_sizes, starting_model
 from dlm_dist.training.stop_requests import StopRequest
+from dlm_dist.training.switches import Switches
 from dlm_dist.training.watchdog import Watchdog
 
 
@@ -133,7 +134,8 @@ def _train(
     bare = objective.objective if isinstance(objective, WithMaskNoise) else objective
     callbacks = Callbacks(config, engine, device, sources[0], bare, side, stream, identity, writer, log)
     guards = config.guards
-    stop, clock = StopRequest(config.train.max_hours), PhaseClock(device)
+    stop = StopRequest(config.train.max_hours, Switches(config.run.dir) if rank == 0 else None)
+    clock = PhaseClock(device)
     hang_seconds = 60.0 * guards.hang_minutes if guards.hang_minutes is not None else None
     watchdog = Watchdog(config.run.dir / "heartbeats", rank, clock, lambda: progress.step, hang_seconds)
     trainer = Trainer(

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from dlm_dist.training.checkpoint_files import list_checkpoints, load_trainer_state
+from dlm_dist.training.checkpoint_files import list_checkpoints, load_trainer_state, step_of
 from tests.distributed import runs
 from tests.distributed.guard_worker import BAD_STEP, KINDS, WRAPPERS
 
@@ -194,6 +194,28 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(data, tmp_path):
     for mine, other in zip(runs.metrics(run)[stopped_at:], runs.metrics(reference)[stopped_at:], strict=True):
         assert mine["rows_sha256"] == other["rows_sha256"]
         assert mine["noise_sha256"] == other["noise_sha256"]
+
+
+def test_marker_files_ask_for_a_checkpoint_and_for_the_end(data, tmp_path):
+    run = tmp_path / "run"
+    settings = runs.overrides(data, run, train__max_steps=2000, checkpoint__every=None)
+    process, log = start(settings, run, 3, ranks=2)
+    try:
+        (run / "SAVE").touch()
+        deadline = time.monotonic() + 120
+        while (run / "SAVE").exists():
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.01)
+        [saved] = list_checkpoints(run / "checkpoints")
+        (run / "STOP").write_text("the disk is being moved")
+        assert process.wait(timeout=120) == STOPPED_EARLY, log.read_text()[-4000:]
+    finally:
+        process.kill()
+    stopped_at = runs.last_step(run)
+    assert 3 <= step_of(saved) < stopped_at < 2000
+    assert [step_of(path) for path in list_checkpoints(run / "checkpoints")] == [step_of(saved), stopped_at]
+    assert f"behind step {stopped_at} of 2000, which is saved: {run}/STOP is there (rank 0)" in log.read_text()
+    assert (run / "STOP").read_text() == "the disk is being moved"
 
 
 def test_a_rank_that_stands_still_is_named_and_ends_the_run(data, tmp_path):
