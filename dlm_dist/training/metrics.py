@@ -47,16 +47,26 @@ class JsonLines:
                 continue  # the end of a line that a kill cut off, or the empty end of the file
             (kept if record["step"] < step else replaced).append(line + b"\n")
         if replaced:
-            with open(self.path.with_suffix(".replaced.jsonl"), "ab") as file:
-                file.writelines(replaced)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, self.path)
+            self._set_aside(b"".join(replaced))
+        _write_over(self.path, b"".join(kept))
+
+    def _set_aside(self, lines: bytes) -> None:
+        """Add `lines` to NAME.replaced.jsonl, all or none, and not again where a kill came before they left NAME."""
+        aside = self.path.with_suffix(".replaced.jsonl")
+        before = aside.read_bytes() if aside.exists() else b""
+        if not before.endswith(lines):
+            _write_over(aside, before + lines)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object, as `json_line` has it."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json_line(record) + "\n")
+
+
+def _write_over(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 class Console:
