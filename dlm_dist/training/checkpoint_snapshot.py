@@ -129,6 +129,8 @@ def _add_model(snapshot: Snapshot, engine: Any, rank: int, world: int, buffers: 
     if rank == 0:
         # A resumed model was loaded in fp32 and cast by the engine: its config must say what the file holds.
         model.config.dtype = parameters[0][1].dtype
+        # Nor may it name the place that a resumed model was loaded from: the file would not be the uninterrupted run's.
+        model.config.name_or_path = ""
         snapshot.files["model/config.json"] = model.config.to_json_string(use_diff=False).encode()
         if len(plan) > 1:
             total = sum(_full_bytes(p) for _, p in parameters)

@@ -325,6 +325,8 @@ def test_the_config_says_what_the_file_holds_after_a_resume_too(saved, tmp_path)
     checkpoint.load_shards(engine, saved)
     again = save(engine, tmp_path)
     assert models.load(again).dtype == models.load(saved).dtype == torch.bfloat16
+    # To the byte: where it was resumed from is no property of the model.
+    assert (again / "model" / "config.json").read_bytes() == (saved / "model" / "config.json").read_bytes()
 
 
 def test_a_full_disk_is_reported_and_harms_nothing(tmp_path, monkeypatch):
