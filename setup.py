@@ -26,6 +26,9 @@ INSTALL_REQUIRES = [
     "pyyaml>=6.0",
     "numpy>=2.0",
     "tqdm>=4.60",
+    # A run's progress on a terminal.
+    "rich>=13.7",
+    "tensorboard>=2.18",
     "zstandard>=0.22",
     "packaging>=23",
     # The demo kills a whole family of processes.

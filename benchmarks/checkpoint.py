@@ -36,7 +36,8 @@ from benchmarks.machine import describe, spread
 from dlm_dist.training.checkpoint_files import TRAINER_STATE, verify
 from dlm_dist.training.checkpoint_snapshot import HostBuffers, Snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
-from dlm_dist.training.metrics import Stopwatch, json_line
+from dlm_dist.training.metrics import json_line
+from dlm_dist.training.phases import Stopwatch
 
 TENSORS = 64
 CHUNK = 2**26

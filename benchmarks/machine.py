@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from dlm_dist.training.metrics import Stopwatch
+from dlm_dist.training.phases import Stopwatch
 from dlm_dist.training.records import git_commit, versions
 
 T = TypeVar("T")

@@ -298,7 +298,10 @@ class GuardsSection(Section):
 class LoggingSection(Section):
     """Who hears of the run."""
 
-    every: Positive = Field(default=1, description="steps between lines on the console and in wandb (steps)")
+    every: Positive = Field(
+        default=1, description="steps between lines on the console, in TensorBoard and in wandb (steps)"
+    )
+    tensorboard: bool = Field(default=False, description="figures for TensorBoard in RUN/tensorboard")
     wandb: Literal["disabled", "online", "offline"] = Field(
         default="disabled", description="Weights & Biases; offline needs no account"
     )

@@ -24,6 +24,7 @@ _NEEDED = (
     "fla",
     "webdataset",
     "wandb",
+    "tensorboard",
     "tokenizers",
     "pyrwkv_tokenizer",
     "safetensors",

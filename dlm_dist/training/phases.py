@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 
@@ -57,3 +58,18 @@ class PhaseClock:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
         return name, time.perf_counter(), event
+
+
+class Stopwatch:
+    """Seconds spent in a `with` block."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.seconds = time.perf_counter() - self._start

@@ -18,9 +18,10 @@ from dlm_dist.training.callbacks import Callbacks, SideInputs
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.engine import build_engine
 from dlm_dist.training.fallbacks import attention_kernel, with_optimizer_that_runs, wkv7_backend
+from dlm_dist.training.flops import measured_peak_flops
 from dlm_dist.training.guards import Guards
 from dlm_dist.training.loop import Trainer
-from dlm_dist.training.metrics import MetricsLog, measured_peak_flops
+from dlm_dist.training.metrics import MetricsLog
 from dlm_dist.training.objective import make_objective, with_choices
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.progress import Progress
@@ -207,7 +208,8 @@ def _open_log(config: RunConfig, progress: Progress, max_steps: int, resumed: Re
             "id": resumed.state["wandb_id"] if resumed is not None else None,
             "resume": "allow" if resumed is not None else None,
         }
-    return MetricsLog(config.run.dir, progress.step, max_steps, config.logging.every, settings)
+    logging = config.logging
+    return MetricsLog(config.run.dir, progress.step, max_steps, logging.every, settings, logging.tensorboard)
 
 
 def _total_peak(config: RunConfig, device: torch.device) -> float:

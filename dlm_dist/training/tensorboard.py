@@ -1,0 +1,65 @@
+"""TensorBoard: a run's figures as events, in RUN/tensorboard/train and RUN/tensorboard/validation.
+
+A start that goes on from a checkpoint, and a rollback, write a new file that begins with a note from which step on the
+files before it are void; so curves neither double nor have a second branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from dlm_dist.training.scalars import scalars
+
+_FLUSH_SECONDS = 1
+"""What a SIGKILL may take. Written by a thread: no step waits for it."""
+
+
+class TensorBoard:
+    """A sink of events below `folder`, for a run that goes on behind `start_step`; steps that `every` divides."""
+
+    def __init__(self, folder: Path, start_step: int, every: int) -> None:
+        self._folder, self._every = folder, every
+        self._open(start_step)
+
+    def _open(self, step: int) -> None:
+        # Evaluation and sample of `step` itself are made again.
+        self._train, self._validation = (
+            SummaryWriter(str(self._folder / name), flush_secs=_FLUSH_SECONDS, purge_step=first)
+            for name, first in (("train", step + 1), ("validation", step))
+        )
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """The numbers of one optimizer step."""
+        if record["step"] % self._every == 0:
+            _add(self._train, record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """The numbers of an evaluation, by time too."""
+        _add(self._validation, record)
+
+    def sample(self, record: Mapping[str, Any]) -> None:
+        """A generated text."""
+        self._validation.add_text("sample", record["text"], record["step"])
+
+    def rolled_back(self, step: int, to_step: int, why: str) -> None:
+        """Go on behind `to_step`."""
+        self.close(finished=False)
+        self._open(to_step)
+
+    def close(self, finished: bool) -> None:
+        """Write what is left."""
+        self._train.close()
+        self._validation.close()
+
+
+def _add(writer: SummaryWriter, record: Mapping[str, Any]) -> None:
+    # One event for all numbers: add_scalar would make one for each, at many times the cost.
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(record).items()]
+    file_writer = writer.file_writer
+    assert file_writer is not None
+    file_writer.add_summary(Summary(value=values), record["step"])
