@@ -7,6 +7,7 @@ import pytest
 
 from tests.commands import dlm
 from tests.distributed import runs
+from tests.training.test_tensorboard import curve as tensorboard_curve
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -29,6 +30,7 @@ def everything(data, run, **changes):
         "train__sample_prompt": "time",
         "train__max_steps": 8,
         "logging__wandb": "offline",
+        "logging__tensorboard": True,
         "objective__schedule": "cosine",
     }
     return runs.overrides(data, run, **(settings | changes))
@@ -53,6 +55,10 @@ def test_everything_at_once_and_resumed(data, tmp_path):
     offline = [path.name for path in (run / "wandb").iterdir() if path.name.startswith("offline-run-")]
     assert len(offline) == 2
     assert len({name.rsplit("-", 1)[1] for name in offline}) == 1
+    # Whoever reads the events of both starts finds every step once.
+    for name, kind, key in (("train", "metrics", "loss"), ("validation", "evaluations", "bound_nats_per_token")):
+        curve = [(step, pytest.approx(value)) for step, value in tensorboard_curve(run / "tensorboard" / name, key)]
+        assert curve == [(record["step"], record[key]) for record in lines(run, kind)]
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["resumed_from"] is None for start in starts] == [True, False]
     assert all(start["versions"]["deepspeed"] and start["command"] for start in starts)
