@@ -203,6 +203,11 @@ def validate(root: type[S], tree: dict[str, Any], mistakes: Sequence[str], origi
             found += wrong
             if not wrong:
                 parts[name] = value
+    found += [
+        f"{name} is missing: expected {_in_words(_annotation(root, (name,)))}"
+        for name, field in root.model_fields.items()
+        if field.is_required() and name not in tree
+    ]
     found += [_unknown(root, (name,), tree[name]) for name in tree if name not in root.model_fields]
     found += [mistake.sentence for mistake in root.contradictions_across(parts)]
     if found:

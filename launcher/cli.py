@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from launcher.checkpoint_commands import add_checkpoint_commands
+from launcher.compare_command import add_compare_command
 from launcher.convert_command import add_convert_command
 from launcher.data_commands import add_data_commands
 from launcher.evaluate_command import add_evaluate_command
@@ -20,6 +21,7 @@ from launcher.generate_command import add_generate_command
 from launcher.goodput_command import add_goodput_command
 from launcher.info_commands import add_info_commands
 from launcher.init_command import add_init_command
+from launcher.sweep_commands import add_sweep_commands
 
 _GROUPS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
     add_data_commands,
@@ -28,6 +30,8 @@ _GROUPS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], N
     add_generate_command,
     add_evaluate_command,
     add_checkpoint_commands,
+    add_compare_command,
+    add_sweep_commands,
     add_goodput_command,
     add_info_commands,
 )

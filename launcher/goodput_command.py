@@ -128,7 +128,8 @@ def report(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _changed(run: Run, name: str, factor: float, least: float) -> float:
     """Expected share with one number halved or doubled, the interval chosen again."""
-    changed = replace(run, **{name: getattr(run, name) * factor})
+    value = getattr(run, name) * factor
+    changed = replace(run, **{name: min(1.0, value) if name == "hang_share" else value})
     return expected_share(replace(changed, interval=best_interval(changed, least)))
 
 

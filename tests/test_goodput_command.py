@@ -39,6 +39,11 @@ def test_more_of_a_cost_is_worse_and_a_longer_life_of_nodes_better(capsys):
     assert all(other < share for other in found["sensitivity_to_interval"])
 
 
+def test_a_share_of_hangs_is_not_doubled_beyond_all(capsys):
+    (found,) = reports(capsys, *COSTS, "--nodes", 64, "--hang-share", 1)
+    assert found["sensitivity"]["hang_share"][1] == pytest.approx(found["expected_share"])
+
+
 def test_storage_adds_the_time_of_a_transfer_to_restart_and_write(capsys):
     storage = ["--checkpoint-gb", 400, "--storage-gb-per-second", 20]
     (found,) = reports(capsys, "--nodes", 64, "--stall", 2, "--restart", 100, "--interval-minutes", 10, *storage)

@@ -86,7 +86,8 @@ class Callbacks:
         )
         found = self._search(progress) if self._is_search_due(step) else None
         if self.log is not None:
-            self.log.evaluation({"step": step, **bound.record(), "clip_search": found})
+            held_out = self.side.validation.fingerprint
+            self.log.evaluation({"step": step, "held_out": held_out, **bound.record(), "clip_search": found})
 
     def _is_search_due(self, step: int) -> bool:
         """Not at the start, where the losses say nothing, nor at an end that is no multiple: the run may go on."""

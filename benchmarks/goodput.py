@@ -1,0 +1,411 @@
+"""A week of failures in compressed time: the real trainer killed and resumed, beside the model behind `dlm goodput`.
+
+    python -m benchmarks.goodput [--seconds 600] [--between-failures 60] [--intervals 3 12 40] [--seed 0] [--quick]
+                                 [--folder DIR] [--output FILE] [--picture FILE.svg]
+
+For each interval between checkpoints one run of `launcher/pretrain.py` (a tiny RWKV-7, one rank, asynchronous saves) is
+killed with SIGKILL at exponentially drawn times, in training, in saves and in starts alike, and started again at once
+with --resume auto, until --seconds have passed. Its productive time is the time of the steps that count in the end.
+The model is given what was measured: the mean seconds of a step, of the stall and of the writing of a save, and of a
+start. Two predictions: for the very failures that happened (goal: within 3 points of the measured share), and for
+failures drawn anew 1,000 times (goal: the measured share lies among the middle 95 %).
+
+Then the figure for clusters of 8 to 1,024 nodes with a node failing every 264 days: what a start was measured to take
+here plus what is assumed about a cluster (`ASSUMED`), and checkpoints of a 70 B model at a stated storage rate. Goal:
+at least 97 % productive at 512 nodes. Needs matplotlib for the picture. Ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from benchmarks.machine import describe
+from data_pipeline.shards import write_source
+from data_pipeline.tokenizers import load
+from dlm_dist.goodput import (
+    DAY,
+    Failure,
+    Run,
+    best_interval,
+    draw_failures,
+    expected_share,
+    largest,
+    simulate,
+)
+from dlm_dist.training.checkpoint_files import list_checkpoints, step_of
+from dlm_dist.training.metrics import json_line
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = 0.03
+GOAL = 0.97
+DRAWS = 1000
+WEEKS = 100
+NODES = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+ASSUMED = {
+    "parameters": 70e9,
+    "bytes_per_parameter": 14.0,  # fp32 master and two moments, and the model in bf16
+    "storage_bytes_per_second": 50e9,  # all nodes together; BLOOM wrote 2.3 TB in 40 s, 57e9
+    "copy_bytes_per_second_per_node": 10e9,  # device to pinned host memory, eight devices
+    "detect_seconds": 60.0,  # until the end of a process, or of a node, ends the job
+    "requeue_seconds": 60.0,
+    "rendezvous_seconds": 60.0,  # connecting all ranks, which one rank does not show
+    "hang_share": 0.05,
+    "hang_minutes": 10.0,
+}
+
+SETTINGS = [
+    "run.seed=0",
+    "model.backbone=rwkv7",
+    "model.hidden_size=64",
+    "model.num_hidden_layers=2",
+    "model.head_size=32",
+    "train.max_steps=10000000",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=8",
+    "train.device=cpu",
+    "train.cpu_threads=1",
+    "train.precision=fp32",
+    "optimizer.schedule=constant",
+    "checkpoint.asynchronous=true",
+    "checkpoint.keep_last=2",
+]
+
+
+@dataclass
+class Life:
+    """One start of the trainer: when its lines came, by time.monotonic()."""
+
+    begun: float
+    ended: float = 0.0
+    steps: list[tuple[float, int]] = field(default_factory=list)
+    saves: list[float] = field(default_factory=list)
+    """Seconds from the beginning of a save until all ranks know that it is published."""
+
+    def read(self, lines: IO[str], log: IO[str]) -> None:
+        """Note when each step ended, until the trainer does."""
+        for line in lines:
+            if found := re.match(r"step (\d+)/", line):
+                self.steps.append((time.monotonic(), int(found[1])))
+            elif found := re.search(r" saved .* in ([\d.]+) s", line):
+                self.saves.append(float(found[1]))
+            else:
+                log.write(line)
+
+
+def live(folder: Path, data: Path, every: int, until: float) -> Life:
+    """Start the run in `folder`, and kill it at `until`."""
+    command = [sys.executable, str(ROOT / "launcher" / "pretrain.py"), "--config", str(folder / "empty.yaml")]
+    command += ["--resume", "auto", *SETTINGS, f"run.dir={folder / 'run'}", f"data.train.0.path={data}"]
+    command += [f"checkpoint.every={every}"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    life = Life(time.monotonic())
+    with open(folder / "log", "a") as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
+        )
+        assert process.stdout is not None
+        reader = threading.Thread(target=life.read, args=(process.stdout, log))
+        reader.start()
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        else:
+            raise RuntimeError(f"the trainer has ended by itself: {folder / 'log'} says why")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            reader.join()
+            life.ended = time.monotonic()
+    return life
+
+
+def kept_steps(lives: list[Life]) -> int:
+    """Steps that count in the end: those that no later start has made again."""
+    kept, behind = 0, None
+    for life in reversed([life for life in lives if life.steps]):
+        kept += sum(1 for _, step in life.steps if behind is None or step <= behind)
+        behind = min(life.steps[0][1] - 1, behind if behind is not None else life.steps[0][1])
+    return kept
+
+
+def measured(lives: list[Life], run_dir: Path) -> dict[str, Any]:
+    """The shares of the time, and the mean costs that the model is to be given."""
+    stalls = [record["save_seconds"] for record in _records(run_dir) if record["save_seconds"] > 0.0]
+    steps = sum(len(life.steps) for life in lives)
+    # A start lasts to the beginning of its first step; of the first step only the end is known.
+    gaps = [b[0] - a[0] for life in lives for a, b in itertools.pairwise(life.steps)]
+    one = statistics.median(gaps)
+    begun = [max(0.0, life.steps[0][0] - one - life.begun) for life in lives if life.steps]
+    restart = sum(begun) + sum(life.ended - life.begun for life in lives if not life.steps)
+    total = lives[-1].ended - lives[0].begun
+    stall = sum(stalls)
+    step = (total - restart - stall) / steps
+    last = lives[-1]
+    kept = kept_steps(lives) if last.steps else kept_steps(lives) - _unpublished(lives, run_dir)
+    saves = [seconds for life in lives for seconds in life.saves]
+    return {
+        "seconds": total,
+        "failures": len(lives) - 1,
+        "steps": steps,
+        "step_seconds": step,
+        "stall_seconds": statistics.fmean(stalls),
+        "write_seconds": max(0.0, statistics.fmean(saves) - statistics.fmean(stalls)),
+        "restart_seconds": statistics.fmean(begun),
+        "restart_seconds_from_to": [min(begun), max(begun)],
+        "shares": {
+            "productive": kept * step / total,
+            "stall": stall / total,
+            "lost": (steps - kept) * step / total,
+            "restart": restart / total,
+        },
+    }
+
+
+def _unpublished(lives: list[Life], run_dir: Path) -> int:
+    """Steps behind the newest checkpoint, of a run that ended in a start."""
+    newest = max((step_of(path) or 0 for path in list_checkpoints(run_dir / "checkpoints")), default=0)
+    last = next(life for life in reversed(lives) if life.steps)
+    return sum(1 for _, step in last.steps if step > newest)
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    """Every step that was made, those that a failure took back too."""
+    records = []
+    for name in ("metrics.jsonl", "metrics.replaced.jsonl"):
+        if (run_dir / name).exists():
+            lines = (run_dir / name).read_bytes().split(b"\n")[:-1]
+            records += [json.loads(line) for line in lines]
+    return records
+
+
+def week(folder: Path, data: Path, interval: float, step: float, options: argparse.Namespace) -> dict[str, Any]:
+    """One run with failures for --seconds, and what the model says of it."""
+    folder.mkdir()
+    (folder / "empty.yaml").write_text("{}\n")
+    every = max(1, round(interval / step))
+    draw = Run(nodes=1, interval=1.0, stall=0.0, restart=0.0, node_mtbf=options.between_failures)
+    begun = time.monotonic()
+    lives: list[Life] = []
+    for failure in itertools.chain(draw_failures(draw, options.seed), ()):
+        until = begun + min(failure.time, options.seconds)
+        lives.append(live(folder, data, every, until))
+        if failure.time >= options.seconds:
+            break
+    found = measured(lives, folder / "run")
+    failures = [Failure(life.ended - begun, False) for life in lives[:-1]]
+    run = replace(
+        draw,
+        interval=every * found["step_seconds"],
+        stall=found["stall_seconds"],
+        write=found["write_seconds"],
+        restart=found["restart_seconds"],
+    )
+    return {"interval_seconds": run.interval, "every": every, **found, "model": compare(run, found, failures)}
+
+
+def compare(run: Run, found: dict[str, Any], failures: list[Failure]) -> dict[str, Any]:
+    """The model's shares for the failures that were, and for others of the same rate, beside the measured one."""
+    seconds, share = found["seconds"], found["shares"]["productive"]
+    same = simulate(run, seconds, failures).shares()
+    drawn = sorted(simulate(run, seconds, draw_failures(run, seed)).shares()["productive"] for seed in range(DRAWS))
+    low, high = drawn[round(0.025 * DRAWS)], drawn[round(0.975 * DRAWS) - 1]
+    return {
+        "for_these_failures": same,
+        "difference": share - same["productive"],
+        "within_tolerance": abs(share - same["productive"]) <= TOLERANCE,
+        "for_drawn_failures": [low, statistics.fmean(drawn), high],
+        "within_drawn": low <= share <= high,
+        "expected_share": expected_share(run),
+    }
+
+
+def step_time(folder: Path, data: Path, seconds: float) -> float:
+    """Seconds of a step of a run that nobody kills for a while."""
+    folder.mkdir()
+    (folder / "empty.yaml").write_text("{}\n")
+    life = live(folder, data, 10**6, time.monotonic() + seconds)
+    if len(life.steps) < 10:
+        raise RuntimeError(f"{len(life.steps)} steps in {seconds:g} s: {folder / 'log'} may say why")
+    return statistics.median(b[0] - a[0] for a, b in itertools.pairwise(life.steps))
+
+
+def cluster(nodes: int, start: float, assumed: dict[str, float] = ASSUMED) -> Run:
+    """A run on a cluster that saves at its best interval; `start` seconds of a start as measured here."""
+    size = assumed["parameters"] * assumed["bytes_per_parameter"]
+    transfer = size / assumed["storage_bytes_per_second"]
+    run = Run(
+        nodes=nodes,
+        interval=1.0,
+        stall=size / nodes / assumed["copy_bytes_per_second_per_node"],
+        write=transfer,
+        restart=assumed["requeue_seconds"] + start + assumed["rendezvous_seconds"] + transfer,
+        detect=assumed["detect_seconds"],
+        hang_share=assumed["hang_share"],
+        hang_detect=60.0 * assumed["hang_minutes"],
+    )
+    return replace(run, interval=best_interval(run, least=10.0))
+
+
+def cluster_figures(
+    start: float, node_counts: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
+) -> dict[str, Any]:
+    """The figure: shares at the best interval by nodes; what 512 nodes need for the goal; what changes it."""
+    rows = []
+    for nodes in NODES:
+        run = cluster(nodes, start)
+        accounts = [simulate(run, 7 * DAY, draw_failures(run, seed)) for seed in range(WEEKS)]
+        shares = {name: statistics.fmean(a.shares()[name] for a in accounts) for name in accounts[0].shares()}
+        rows.append({**asdict(run), "expected_share": expected_share(run), "simulated_shares": shares})
+    run = cluster(512, start)
+    limits = {name: largest(run, name, GOAL, 10.0) for name in ("restart", "detect", "write", "stall", "hang_detect")}
+    changes = {}
+    for name in ("storage_bytes_per_second", "parameters", "detect_seconds", "hang_share", "hang_minutes"):
+        changes[name] = [expected_share(cluster(512, start, ASSUMED | {name: ASSUMED[name] * f})) for f in (0.5, 2.0)]
+    for name in ("node_mtbf", "interval"):
+        changes[name] = [expected_share(_scaled(run, name, f)) for f in (0.5, 2.0)]
+    synchronous = replace(run, stall=run.stall + run.write, write=0.0)
+    synchronous = replace(synchronous, interval=best_interval(synchronous, 10.0))
+    return {
+        "assumed": ASSUMED,
+        "start_seconds": start,
+        "runs": rows,
+        "goal": GOAL,
+        "share_at_512": expected_share(run),
+        "goal_met": expected_share(run) >= GOAL,
+        "goal_needs_at_most": limits,
+        "share_with_half_and_twice": changes,
+        "share_at_512_every_10_minutes": expected_share(replace(run, interval=600.0)),
+        "share_with_synchronous_saves": expected_share(synchronous),
+    }
+
+
+def _scaled(run: Run, name: str, factor: float) -> Run:
+    change: dict[str, Any] = {name: getattr(run, name) * factor}
+    changed = replace(run, **change)
+    return changed if name == "interval" else replace(changed, interval=best_interval(changed, 10.0))
+
+
+def draw_picture(result: dict[str, Any], path: Path) -> None:
+    """Productive share by interval for every number of nodes, and measured beside predicted shares."""
+    from matplotlib.figure import Figure
+
+    from benchmarks.objective_pictures import save
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for row in result["cluster"]["runs"]:
+        run = Run(**{name: row[name] for name in Run.__dataclass_fields__})
+        intervals = np.geomspace(60, 4 * 3600, 60)
+        (line,) = left.plot(intervals / 60, [100 * expected_share(replace(run, interval=x)) for x in intervals])
+        left.plot(run.interval / 60, 100 * row["simulated_shares"]["productive"], "o", color=line.get_color())
+        place = (run.interval / 60, 100 * row["expected_share"])
+        left.annotate(f"{run.nodes} nodes", place, (0, 5), textcoords="offset points", fontsize=8, ha="center")
+    left.axhline(100 * GOAL, color="grey", linestyle=":")
+    left.set(xscale="log", ylim=(85, 100), xlabel="minutes of training between saves", ylabel="productive time (%)")
+    left.set_title(f"lines: exact; dots: {WEEKS} simulated weeks at the best interval", fontsize=9)
+    weeks = result["weeks"]
+    places = np.arange(len(weeks))
+    for kind, colour in (("productive", "#1f4e79"), ("stall", "#c00000"), ("lost", "#e07b00"), ("restart", "#9db8d2")):
+        for shift, of in ((-0.2, "measured"), (0.2, "model")):
+            below, height = zip(*(_bar(found, kind, of) for found in weeks), strict=True)
+            label = kind if of == "measured" else None
+            right.bar(places + shift, height, 0.36, bottom=below, color=colour, label=label)
+    right.set_xticks(places, [f"{found['interval_seconds']:.1f} s" for found in weeks])
+    right.set(xlabel="training between saves", ylabel="share of the time (%)", ylim=(0, 100))
+    right.set_title("the real trainer killed again and again: measured (left), model (right)", fontsize=9)
+    right.legend(fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def _bar(found: dict[str, Any], kind: str, of: str) -> tuple[float, float]:
+    """(bottom, height) of one part of a bar, in percent."""
+    shares = dict(found["shares"] if of == "measured" else found["model"]["for_these_failures"])
+    shares["stall"] += shares.get("waiting", 0.0)
+    kinds = ["productive", "stall", "lost", "restart"]
+    return 100 * sum(shares[other] for other in kinds[: kinds.index(kind)]), 100 * shares[kind]
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """The compressed weeks, then the clusters."""
+    print(
+        "between saves  failures  productive   stall   lost  restart   model for these failures   middle 95 % of draws"
+    )
+    for found in result["weeks"]:
+        shares, model = found["shares"], found["model"]
+        low, _, high = model["for_drawn_failures"]
+        print(
+            f"{found['interval_seconds']:>11.1f} s  {found['failures']:>8}  {100 * shares['productive']:>8.1f} %  "
+            f"{100 * shares['stall']:>5.2f}  {100 * shares['lost']:>5.1f}  {100 * shares['restart']:>7.1f}  "
+            f"{100 * model['for_these_failures']['productive']:>19.1f} %  {100 * low:.1f} to {100 * high:.1f} %"
+        )
+    print("nodes  save every  productive (simulated)")
+    for row in result["cluster"]["runs"]:
+        expected, simulated = 100 * row["expected_share"], 100 * row["simulated_shares"]["productive"]
+        print(f"{row['nodes']:>5}  {row['interval'] / 60:>6.1f} min  {expected:.2f} % ({simulated:.2f} %)")
+    found = result["cluster"]
+    print(f"512 nodes: {100 * found['share_at_512']:.2f} % (goal: at least {100 * GOAL:g} %)")
+
+
+def main(arguments: list[str]) -> int:
+    """Print the tables and one line of JSON."""
+    parser = argparse.ArgumentParser(prog="benchmarks.goodput", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600.0, help="of each run (default 600)")
+    parser.add_argument("--between-failures", type=float, default=60.0, help="seconds, on average (default 60)")
+    parser.add_argument("--intervals", type=float, nargs="+", default=[3.0, 12.0, 40.0], help="seconds between saves")
+    parser.add_argument("--seed", type=int, default=0, help="of the failures")
+    parser.add_argument("--quick", action="store_true", help="one run of 75 s: shows that it runs")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="where the runs are (default: here)")
+    parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
+    parser.add_argument("--picture", type=Path, help="draw this file (SVG)")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.seconds, options.between_failures, options.intervals = 75.0, 40.0, [2.0]
+    folder = Path(tempfile.mkdtemp(prefix="goodput-benchmark-", dir=options.folder)).resolve()
+    try:
+        tokenizer = load("bytes")
+        text = "".join(f"{i:06d} a row of text that is cut at 64 bytes. " for i in range(512))
+        rows = np.stack([tokenizer.encode(text[64 * i : 64 * (i + 1)]) for i in range(256)])
+        write_source(folder / "train", rows, tokenizer)
+        step = step_time(folder / "free", folder / "train", 40.0)
+        weeks = [
+            week(folder / f"week-{i}", folder / "train", interval, step, options)
+            for i, interval in enumerate(options.intervals)
+        ]
+    finally:
+        shutil.rmtree(folder)
+    start = statistics.fmean(found["restart_seconds"] for found in weeks)
+    result: dict[str, Any] = {"weeks": weeks, "cluster": cluster_figures(start)}
+    print_tables(result)
+    if options.picture is not None:
+        draw_picture(result, options.picture)
+    settings = {name: getattr(options, name) for name in ("seconds", "between_failures", "seed")}
+    line = json_line({"benchmark": "goodput", **describe(torch.device("cpu")), **settings, "draws": DRAWS, **result})
+    print(line)
+    if options.output is not None:
+        options.output.write_text(line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

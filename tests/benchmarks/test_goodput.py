@@ -1,0 +1,98 @@
+"""The benchmark of goodput: what it counts as productive, and that its figure is the model's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import goodput
+from benchmarks.goodput import Life, kept_steps, measured
+
+
+def life(begun: float, ended: float, first: float, steps: range) -> Life:
+    """A start whose step of a second each end at `first`, `first` + 1, ..."""
+    return Life(begun, ended, [(first + i, step) for i, step in enumerate(steps)], [0.5])
+
+
+LIVES = [
+    life(0.0, 15.0, 6.0, range(1, 10)),  # steps 1 to 9
+    Life(15.0, 17.0),  # killed in its start
+    life(17.0, 30.0, 23.0, range(5, 12)),  # went on behind step 4
+    life(30.0, 40.0, 36.0, range(9, 13)),  # behind step 8
+]
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    for name, count in (("metrics.jsonl", 12), ("metrics.replaced.jsonl", 8)):
+        records = [{"save_seconds": 0.25 if i == 3 else 0.0} for i in range(count)]
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path
+
+
+def test_steps_that_a_later_start_made_again_are_lost():
+    assert kept_steps(LIVES) == 4 + 4 + 4
+    assert kept_steps(LIVES[:1]) == 9
+
+
+def test_the_time_of_a_run_is_what_its_lines_say(run):
+    found = measured(LIVES, run)
+    assert (found["failures"], found["steps"]) == (3, 20)
+    assert found["restart_seconds"] == 5.0
+    assert (found["stall_seconds"], found["write_seconds"]) == (0.25, 0.25)
+    assert found["shares"]["restart"] == 17.0 / 40.0
+    assert found["shares"]["productive"] == pytest.approx(12 / 20 * (40 - 17 - 0.5) / 40)
+    assert sum(found["shares"].values()) == pytest.approx(1.0)
+
+
+def test_a_run_that_ends_in_a_start_keeps_what_is_published(run):
+    (run / "checkpoints" / "step-4").mkdir(parents=True)
+    (run / "checkpoints" / "step-4" / "manifest.json").touch()
+    found = measured(LIVES[:2], run)
+    assert found["shares"]["productive"] / found["shares"]["lost"] == pytest.approx(4 / 5)
+
+
+@pytest.fixture(scope="module")
+def figure():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(goodput, "WEEKS", 20)
+        return goodput.cluster_figures(start=20.0)
+
+
+def test_the_figure_for_clusters(figure):
+    shares = [row["expected_share"] for row in figure["runs"]]
+    assert shares == sorted(shares, reverse=True)
+    for row in figure["runs"]:
+        assert row["simulated_shares"]["productive"] == pytest.approx(row["expected_share"], abs=0.004)
+    (row,) = [row for row in figure["runs"] if row["nodes"] == 512]
+    assert figure["share_at_512"] == row["expected_share"]
+    assert figure["goal_met"] == (row["restart"] <= figure["goal_needs_at_most"]["restart"])
+    assert figure["share_with_synchronous_saves"] < figure["share_at_512"]
+    for name in ("parameters", "detect_seconds", "hang_share", "hang_minutes"):
+        half, twice = figure["share_with_half_and_twice"][name]
+        assert half > figure["share_at_512"] > twice, name
+
+
+def test_the_tables_and_the_picture(run, figure, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    found = measured(LIVES, run)
+    model = goodput.compare(goodput.Run(1, 4.0, 0.25, 5.0, 0.25, node_mtbf=10.0), found, [goodput.Failure(15.0, False)])
+    weeks = [{"interval_seconds": 4.0, **found, "model": model}]
+    result = {"weeks": weeks, "cluster": figure}
+    goodput.print_tables(result)
+    assert "512 nodes: " in capsys.readouterr().out
+    goodput.draw_picture(result, tmp_path / "picture.svg")
+    assert "1024 nodes" in (tmp_path / "picture.svg").read_text()
+
+
+@pytest.mark.slow
+def test_the_real_trainer_killed_and_resumed(tmp_path, capsys):
+    assert goodput.main(["--quick", "--folder", str(tmp_path), "--output", str(tmp_path / "out.json")]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (week,) = result["weeks"]
+    assert week["steps"] > 20
+    assert week["failures"] >= 1
+    assert sum(week["shares"].values()) == pytest.approx(1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
