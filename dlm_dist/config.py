@@ -295,6 +295,17 @@ class GuardsSection(Section):
     )
 
 
+class ProfileSection(Section):
+    """A window of steps in which ranks are profiled, into RUN/profile."""
+
+    start_step: Positive = Field(description="first step that is profiled; the one before warms the profiler up")
+    steps: Positive = Field(default=3, description="how many steps are profiled (steps)")
+    ranks: tuple[NonNegative, ...] = Field(default=(0,), description="ranks that are profiled")
+    memory: bool = Field(
+        default=False, description="allocations too: in the trace, and on CUDA as a memory snapshot beside it"
+    )
+
+
 class LoggingSection(Section):
     """Who hears of the run."""
 
@@ -306,6 +317,9 @@ class LoggingSection(Section):
         default="disabled", description="Weights & Biases; offline needs no account"
     )
     wandb_project: str = Field(default="dlm", description="name of the wandb project")
+    profile: ProfileSection | None = Field(
+        default=None, description="steps of which some ranks write a trace; null = none"
+    )
 
 
 _OWNED_BY_US = {

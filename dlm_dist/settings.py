@@ -319,7 +319,7 @@ def _keys_below(annotation: Any, prefix: str, deep: bool) -> Iterator[str]:
     for name, field in _fields(annotation).items():
         yield prefix + name
         if deep:
-            inner, step = field.annotation, "."
+            inner, step = _strip(field.annotation)[0], "."
             if typing.get_origin(inner) is tuple:
                 inner, step = typing.get_args(inner)[0], ".0."
             yield from _keys_below(inner, prefix + name + step, deep)

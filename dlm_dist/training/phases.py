@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -20,11 +20,15 @@ class PhaseClock:
         self.name = "other"
         self.since = time.monotonic()
         """When the present phase began, on the monotonic clock."""
+        self.listener: Callable[[str], None] | None = None
+        """Told the name of each phase that begins."""
         self._marks: list[tuple[str, float, torch.cuda.Event | None]] = [self._mark("other")]
 
     def enter(self, name: str) -> None:
         """End the present phase and begin `name`."""
         assert name in PHASES, name
+        if self.listener is not None:
+            self.listener(name)
         self._marks.append(self._mark(name))
         self.name, self.since = name, time.monotonic()
 

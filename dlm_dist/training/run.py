@@ -24,6 +24,7 @@ from dlm_dist.training.loop import Trainer
 from dlm_dist.training.metrics import MetricsLog
 from dlm_dist.training.objective import make_objective, with_choices
 from dlm_dist.training.phases import PhaseClock
+from dlm_dist.training.profile_window import ProfileWindow, profile_notes
 from dlm_dist.training.progress import Progress
 from dlm_dist.training.records import StartRecord
 from dlm_dist.training.resume import (
@@ -83,6 +84,7 @@ def _train(
     stream = SampleStream(sources, weights, config.run.seed, skip, config.data.max_samples, config.data.order)
     progress = Progress() if resumed is None else Progress.from_state(resumed.state)
     max_steps = _total_steps(config, stream, progress)
+    notes += profile_notes(config.logging.profile, progress.step, world, device)
     backend, wkv7_fallbacks = wkv7_backend(config, device)
     attention, attention_fallbacks = attention_kernel(config, device)
     # Only now: the self-test of the kernels uses operations that have no deterministic form on CUDA.
@@ -139,6 +141,9 @@ def _train(
     clock = PhaseClock(device)
     hang_seconds = 60.0 * guards.hang_minutes if guards.hang_minutes is not None else None
     watchdog = Watchdog(config.run.dir / "heartbeats", rank, clock, lambda: progress.step, hang_seconds)
+    window = ProfileWindow(
+        config.logging.profile, config.run.dir / "profile", rank, device, clock, lambda: progress.step, tell
+    )
     trainer = Trainer(
         config=config,
         plan=plan,
@@ -164,7 +169,7 @@ def _train(
     )
     finished = False
     try:
-        with stop, watchdog:
+        with stop, watchdog, window:
             trainer.run(progress)
         finished = True
     finally:
