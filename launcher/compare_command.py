@@ -10,18 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dlm_dist.runs.comparison import (
-    WINDOW,
-    RunSummary,
-    SeedGroup,
-    differing_keys,
-    find_runs,
-    group_by_seed,
-    notes,
-    summarise,
-)
+if TYPE_CHECKING:
+    from dlm_dist.runs.comparison import RunSummary, SeedGroup
 
 _FIGURES = ("loss", "bound", "bits_per_byte", "tokens_per_second")
 
@@ -31,7 +23,7 @@ def add_compare_command(subparsers: argparse._SubParsersAction[argparse.Argument
     parser = subparsers.add_parser(
         "compare",
         help="put runs side by side, with what differs between their configurations",
-        description=f"Print step, training loss (mean of the last {WINDOW} steps), newest held-out bound, bits per "
+        description="Print step, training loss (mean of the last 100 steps), newest held-out bound, bits per "
         "byte and speed of each run, and the keys in which their configurations differ. Runs that differ by run.seed "
         "alone are also shown as one, with the standard deviation over the seeds. What makes numbers "
         "incomparable is told.",
@@ -48,6 +40,8 @@ def add_compare_command(subparsers: argparse._SubParsersAction[argparse.Argument
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Print the table. Returns 0."""
+    from dlm_dist.runs.comparison import differing_keys, find_runs, group_by_seed, notes, summarise
+
     runs = [summarise(path) for path in find_runs(arguments.paths)]
     if arguments.sort is not None:
         runs.sort(key=lambda run: (getattr(run, arguments.sort) is None, getattr(run, arguments.sort)))

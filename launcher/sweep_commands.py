@@ -6,10 +6,10 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dlm_dist.runs.folder import newest_records
-from dlm_dist.runs.sweep import Sweep, SweepRun, read_sweep
+if TYPE_CHECKING:
+    from dlm_dist.runs.sweep import Sweep, SweepRun
 
 
 def add_sweep_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,6 +38,8 @@ def add_sweep_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentP
 
 def run_list(arguments: argparse.Namespace) -> int:
     """Print a line per run and what to submit. Returns 0."""
+    from dlm_dist.runs.sweep import read_sweep
+
     sweep = read_sweep(arguments.grid)
     entries = [_entry(sweep, run) for run in sweep.runs]
     if arguments.json:
@@ -49,6 +51,8 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 def run_arguments(arguments: argparse.Namespace) -> int:
     """Print the arguments of one run, which is checked first. Returns 0."""
+    from dlm_dist.runs.sweep import read_sweep
+
     sweep = read_sweep(arguments.grid)
     run = sweep.run(arguments.index)
     sweep.load(run)
@@ -57,6 +61,8 @@ def run_arguments(arguments: argparse.Namespace) -> int:
 
 
 def _entry(sweep: Sweep, run: SweepRun) -> dict[str, Any]:
+    from dlm_dist.runs.folder import newest_records
+
     config = sweep.load(run)
     records = newest_records(run.folder / "metrics.jsonl", 1)
     return {
