@@ -228,8 +228,11 @@ class TrainerSystem:
         from dlm_dist.training.metrics import MetricsLog
         from dlm_dist.training.phases import PhaseClock
         from dlm_dist.training.progress import Progress
+        from dlm_dist.training.rank_times import RankTimes
         from dlm_dist.training.starting_model import whole_parts
+        from dlm_dist.training.step_figures import Pace, StepFigures
         from dlm_dist.training.stop_requests import StopRequest
+        from dlm_dist.training.update_figures import UpdateMeter
 
         plan = resolve_batch(config.train, 1)
         engine, _ = build_engine(model, config, plan, whole_parts(model))
@@ -261,6 +264,7 @@ class TrainerSystem:
             guards=Guards(),
             stop=StopRequest(None),
             clock=PhaseClock(device),
+            figures=StepFigures(1, UpdateMeter(engine), RankTimes([""]), Pace(0), lambda data_pos: {}),
         )
         self._progress = Progress()
         self._trainer.seek(self._progress)

@@ -47,6 +47,18 @@ class SampleStream:
         """Global positions [n] of the samples number data_pos .. data_pos + n - 1."""
         return self.skip.positions(data_pos, n)
 
+    def epochs(self, data_pos: int) -> list[float]:
+        """How often the rows of each source have been read, in the mean, by the samples below number data_pos.
+
+        What is passed over is not read.
+        """
+        if data_pos == 0:
+            return [0.0] * len(self.sources)
+        drawn = self.order.drawn(int(self.positions(data_pos - 1, 1)[0]) + 1)
+        for start, stop in self.skip.passed(data_pos):
+            drawn = drawn - (self.order.drawn(stop) - self.order.drawn(start))
+        return (drawn / np.array(self.order.sizes)).tolist()
+
     def read(self, positions: np.ndarray) -> Rows:
         """The rows at global `positions` [B], each read from its source and verified."""
         source_of, _, row_of = self.order.locate(positions)

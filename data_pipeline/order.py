@@ -77,8 +77,13 @@ def quotas(weights: Sequence[float], period: int = PERIOD) -> list[int]:
 class Order(Protocol):
     """Where the sample at a position lies: a function of the position alone."""
 
+    sizes: list[int]
+    """Rows of each source that are drawn."""
     epoch_length: int
     """Positions after which every row that the order draws was drawn once, in the mean over the sources."""
+
+    def drawn(self, position: int) -> NDArray[np.int64]:
+        """How many of the positions below `position` draw from each source, [sources]."""
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """Positions int64 [n] -> source int32 [n], epoch int64 [n], row int64 [n]."""
@@ -106,9 +111,16 @@ class SampleOrder:
         # A stable sort of fixed words is the same on every platform and numpy version.
         shuffle = np.argsort(uint64(seed, "order/mixture", 0, PERIOD), kind="stable")
         self._source_of_slot = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self._quotas)[shuffle]
+        self._slots = [np.flatnonzero(self._source_of_slot == source) for source in range(len(self.sizes))]
         self._earlier_in_period = np.zeros(PERIOD, dtype=np.int64)
-        for source, quota in enumerate(self._quotas):
-            self._earlier_in_period[self._source_of_slot == source] = np.arange(quota)
+        for slots in self._slots:
+            self._earlier_in_period[slots] = np.arange(len(slots))
+
+    def drawn(self, position: int) -> NDArray[np.int64]:
+        """How many of the positions below `position` draw from each source, [sources]."""
+        periods, rest = divmod(position, PERIOD)
+        within = np.array([np.searchsorted(slots, rest) for slots in self._slots], dtype=np.int64)
+        return periods * self._quotas + within
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """Positions int64 [n] -> source int32 [n], epoch int64 [n], row int64 [n]."""
@@ -138,9 +150,14 @@ class CubicPrimeOrder:
 
     def __init__(self, size: int) -> None:
         self.prime = cubic_prime(size)
+        self.sizes = [self.prime]
         self.epoch_length = self.prime
         # floor((sqrt(5 p^2) - p) / 2), and the inner floor changes nothing, as p is an integer.
         self._factor = (isqrt(5 * self.prime**2) - self.prime) // 2
+
+    def drawn(self, position: int) -> NDArray[np.int64]:
+        """Positions below `position`, [1]."""
+        return np.array([position], dtype=np.int64)
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """Positions int64 [n] -> source int32 [n] (all 0), epoch int64 [n], row int64 [n]."""

@@ -131,6 +131,11 @@ class Objective(Protocol):
     @property
     def is_bound(self) -> bool: ...
 
+    @property
+    def has_times(self) -> bool:
+        """Whether its samples have diffusion times, so that a loss can be told apart by them."""
+        ...
+
     def not_a_bound(self) -> list[str]:
         """The settings for which the loss is no bound, as `key=value`; empty where it is one."""
         ...

@@ -121,6 +121,10 @@ class BlockDiffusion:
         return make_schedule(self.schedule, **self.schedule_parameters)
 
     @property
+    def has_times(self) -> bool:
+        return True
+
+    @property
     def is_bound(self) -> bool:
         """Whether the mean loss is an unbiased estimate of a bound on the negative log-likelihood."""
         return not self.not_a_bound()

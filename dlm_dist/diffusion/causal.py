@@ -35,6 +35,7 @@ class Autoregressive:
     isolate_documents: bool = False
     name: str = "ar"
     is_bound: bool = True
+    has_times: bool = False
 
     def not_a_bound(self) -> list[str]:
         return []
@@ -84,6 +85,7 @@ class CausalDiffusion:
     isolate_documents: bool = False
     name: str = "card"
     is_bound: bool = False
+    has_times: bool = True
 
     def __post_init__(self) -> None:
         if self.card_tail < 1.0:

@@ -31,6 +31,10 @@ class WithMaskNoise:
     def is_bound(self) -> bool:
         return self.objective.is_bound
 
+    @property
+    def has_times(self) -> bool:
+        return self.objective.has_times
+
     def not_a_bound(self) -> list[str]:
         return self.objective.not_a_bound()
 

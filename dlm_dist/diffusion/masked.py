@@ -154,6 +154,10 @@ class MaskedDiffusion:
         return [self.vocabulary.id_of(token) for token in self.protected_tokens]
 
     @property
+    def has_times(self) -> bool:
+        return True
+
+    @property
     def is_bound(self) -> bool:
         """Whether the mean loss is an unbiased estimate of a bound on the negative log-likelihood."""
         return not self.not_a_bound()

@@ -22,9 +22,9 @@ from data_pipeline.source import Source
 from dlm_dist.diffusion.base import FloatArray, NoisyBatch, Objective
 from dlm_dist.diffusion.model_inputs import model_inputs
 from dlm_dist.diffusion.objectives import OBJECTIVES, Vocabulary
+from dlm_dist.diffusion.time_buckets import TIME_BUCKETS, bucket_of
 
 EVALUATION_SEED = 20_240_607
-TIME_BUCKETS = 10
 _ROWS_AT_ONCE = 1024
 
 
@@ -208,8 +208,7 @@ def _sums(batch: NoisyBatch, losses: FloatArray, by_time: bool) -> FloatArray:
     if not by_time:
         return whole
     times, nats, tokens = timed_parts(batch, losses)
-    bucket = np.minimum((times * TIME_BUCKETS).astype(np.int64), TIME_BUCKETS - 1)
-    inside = bucket[:, :, None] == np.arange(TIME_BUCKETS)  # [B, K, buckets]
+    inside = bucket_of(times)[:, :, None] == np.arange(TIME_BUCKETS)  # [B, K, buckets]
     parts = [(inside * values[:, :, None]).sum(axis=1) for values in (nats, tokens, np.ones_like(times))]
     return np.concatenate([whole, *parts], axis=1)
 

@@ -15,6 +15,7 @@ from dlm_dist.config import BatchPlan
 from dlm_dist.diffusion.base import NoisyBatch
 from dlm_dist.diffusion.model_inputs import host_inputs
 from dlm_dist.diffusion.objectives import Objective, RowsLike
+from dlm_dist.diffusion.time_buckets import TIME_BUCKETS, buckets_of_scored, tokens_by_time
 
 _DIGEST_BYTES = 32
 _UNKNOWN = -(2**50)  # stays below 0 whatever the other ranks add
@@ -27,12 +28,17 @@ class RankStep:
     micro_batches: list[dict[str, torch.Tensor]]
     """Keyword arguments of the model's training forward, on the host; pinned where the device is CUDA."""
     counts: NDArray[np.int64]
-    """[4] tokens that the rows account for, that enter the loss, that the model reads, and bytes of text (far below 0:
-    unknown)."""
+    """[5] tokens that the rows account for, that enter the loss, that the model reads, bytes of text (far below 0:
+    unknown), and tokens of the rows themselves."""
     digests: NDArray[np.uint8]
     """[2, rows of this rank, 32] SHA-256 of each row's tokens, and of its mask, inputs, time and length."""
     span: tuple[int, int]
     """First sample position of the whole step and one past its last."""
+    tokens_by_time: NDArray[np.int64]
+    """[TIME_BUCKETS] tokens that the rows account for, by their time; 0 where the objective has none."""
+    time_buckets: list[torch.Tensor] | None
+    """For each micro-batch the bucket of each token that enters the loss, [M] uint8, beside its weights; None where the
+    objective has no times."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,10 @@ class StepTotals:
     """Tokens that the model reads: several draws of a row count each, a clean stream beside a noisy one too."""
     text_bytes: int | None
     """Bytes of text behind the tokens; None where a source cannot tell."""
+    row_tokens: int
+    """Tokens of the rows that are there: each row counts once, however many draws it gives."""
+    tokens_by_time: tuple[int, ...]
+    """`denominator` by the bucket of time."""
     rows_sha256: str
     noise_sha256: str
     all_ready: bool
@@ -79,7 +89,19 @@ def prepare_step(
         counts=_counts(batches),
         digests=np.concatenate([_digests(batch) for batch in batches], axis=1),
         span=(int(positions[0]), int(positions[-1]) + 1),
+        tokens_by_time=_tokens_by_time(objective, batches),
+        time_buckets=[_buckets(batch, pin) for batch in batches] if objective.has_times else None,
     )
+
+
+def _tokens_by_time(objective: Objective, batches: Sequence[NoisyBatch]) -> NDArray[np.int64]:
+    found = [tokens_by_time(batch) for batch in batches] if objective.has_times else []
+    return np.sum([np.zeros(TIME_BUCKETS, dtype=np.int64), *found], axis=0)
+
+
+def _buckets(batch: NoisyBatch, pin: bool) -> torch.Tensor:
+    buckets = torch.from_numpy(buckets_of_scored(batch))
+    return buckets.pin_memory() if pin else buckets
 
 
 def _counts(batches: Sequence[NoisyBatch]) -> NDArray[np.int64]:
@@ -90,9 +112,15 @@ def _counts(batches: Sequence[NoisyBatch]) -> NDArray[np.int64]:
             sum(int(batch.masks.sum()) for batch in batches),
             sum(batch.inputs.size + (0 if batch.clean is None else batch.clean.size) for batch in batches),
             sum(int(batch.text_bytes.sum()) for batch in batches) if known else _UNKNOWN,
+            sum(_row_tokens(batch) for batch in batches),
         ],
         dtype="<i8",
     )
+
+
+def _row_tokens(batch: NoisyBatch) -> int:
+    _, first_draws = np.unique(batch.positions, return_index=True)
+    return int(batch.lengths[first_draws].sum())
 
 
 def _digests(batch: NoisyBatch) -> NDArray[np.uint8]:
@@ -119,7 +147,7 @@ def gather_totals(step: RankStep, group: dist.ProcessGroup | None, ready: bool, 
     The hashes run over the rows in the order of their positions, so they are the same for every topology. `ready`
     and `alarm` ride along: whether this rank's part of the save in flight is done, and whether it wants the run to end.
     """
-    counts = np.append(step.counts, np.array([ready, alarm], dtype="<i8"))
+    counts = np.concatenate([step.counts, step.tokens_by_time, [ready, alarm]]).astype("<i8")
     mine = torch.from_numpy(np.concatenate([counts.view(np.uint8), step.digests.reshape(-1)]))
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
@@ -132,8 +160,10 @@ def gather_totals(step: RankStep, group: dist.ProcessGroup | None, ready: bool, 
         supervised=int(sums[1]),
         read=int(sums[2]),
         text_bytes=int(sums[3]) if sums[3] >= 0 else None,
+        row_tokens=int(sums[4]),
+        tokens_by_time=tuple(sums[5:-2].tolist()),
         rows_sha256=hashlib.sha256(digests[:, 0].tobytes()).hexdigest(),
         noise_sha256=hashlib.sha256(digests[:, 1].tobytes()).hexdigest(),
-        all_ready=int(sums[4]) == len(parts),
-        any_alarm=int(sums[5]) > 0,
+        all_ready=int(sums[-2]) == len(parts),
+        any_alarm=int(sums[-1]) > 0,
     )

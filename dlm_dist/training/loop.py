@@ -14,6 +14,7 @@ import torch.distributed as dist
 from data_pipeline.loader import ReadAhead
 from dlm_dist.config import BatchPlan, RunConfig
 from dlm_dist.diffusion.model_inputs import on_device
+from dlm_dist.diffusion.time_buckets import TIME_BUCKETS, sum_by_bucket
 from dlm_dist.training.batches import RankStep, StepTotals, gather_totals
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.engine import gradient_norm, set_learning_rate
@@ -23,6 +24,7 @@ from dlm_dist.training.lr_schedules import Course, lr_factor
 from dlm_dist.training.metrics import MetricsLog
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.progress import Progress
+from dlm_dist.training.step_figures import StepFigures, add_by_time
 from dlm_dist.training.step_record import loss_figures, place_figures, speed_figures
 from dlm_dist.training.stop_requests import StopRequest
 
@@ -32,6 +34,10 @@ class Verdict:
     """What all ranks agreed on before the last backward pass of a step."""
 
     loss: float
+    nats_by_time: list[float]
+    """Weighted losses by bucket of diffusion time; zeros where the objective has no times."""
+    rank_seconds: list[float]
+    """What each rank needed to get its rows and run its forward passes."""
     refused: str | None
     """Why the step must not update the weights."""
     stop_wanted: bool
@@ -75,6 +81,7 @@ class Trainer:
     guards: Guards
     stop: StopRequest
     clock: PhaseClock
+    figures: StepFigures
 
     def run(self, progress: Progress) -> None:
         """Train from `progress` to the last step. Collective: every rank must call.
@@ -138,7 +145,8 @@ class Trainer:
         batch = self.read_ahead.next()
         self.clock.enter("other")
         alarm = self.alarm()
-        totals = gather_totals(batch, self.host_group, self.writer.ready(), alarm is not None)
+        with self.clock.during("wait"):
+            totals = gather_totals(batch, self.host_group, self.writer.ready(), alarm is not None)
         if totals.any_alarm:
             raise TrainingStoppedError(self._who_said(alarm))
         if totals.all_ready:
@@ -146,10 +154,14 @@ class Trainer:
                 self.writer.advance()
         lr = self._learning_rate(progress.step)
         set_learning_rate(self.engine, lr)
+        self.figures.begin(progress.step)
         verdict = self._train_step(batch, totals, progress)
         norm = gradient_norm(self.engine)
         reason, spike = self._judge(verdict, norm, progress)
-        self._advance(progress, reason)
+        if batch.time_buckets is not None and verdict.refused is None:
+            add_by_time(progress, verdict.nats_by_time, totals.tokens_by_time)
+        self._advance(progress, totals, reason)
+        measured = self.figures.measured(progress, norm if reason is None else None, self.host_group)
         phases = self.clock.take()
         if self.log is not None:
             seconds = time.perf_counter() - started
@@ -160,6 +172,9 @@ class Trainer:
                     **speed_figures(self.engine.module, self.config, totals, seconds, phases, self.peak_flops),
                     "grad_norm": norm,
                     "lr": lr,
+                    **measured,
+                    **self.figures.ranks.step(verdict.rank_seconds, seconds),
+                    "seconds_left": self.figures.pace.seconds_left(progress.step),
                 }
             )
         return verdict, spike
@@ -178,18 +193,29 @@ class Trainer:
         """
         scale = dist.get_world_size() / totals.denominator
         objective = self.config.objective
-        extra = dict(self.head_settings)
+        extra: dict[str, Any] = dict(self.head_settings)
         for name, strength in (("l2wrap", objective.l2wrap), ("z_loss", objective.z_loss)):
             if strength:
                 extra[name] = strength * totals.denominator / max(1, totals.supervised)
-        total = torch.zeros((), device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        by_time = batch.time_buckets
+        if by_time is not None:
+            extra["per_row"] = True
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        # The loss of this rank, and what of it belongs to each bucket of time: copied to the host together.
+        sums = torch.zeros(1 + TIME_BUCKETS, device=self.device, dtype=wide)
         verdict = None
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             self.clock.enter("forward")
-            loss_sum = self.engine(**on_device(micro_batch, self.device), **extra)
-            total += loss_sum.detach()
+            inputs = on_device(micro_batch, self.device)
+            if by_time is None:
+                loss_sum = self.engine(**inputs, **extra)
+            else:
+                loss_sum, losses = self.engine(**inputs, **extra)
+                buckets = by_time[number - 1].to(self.device, non_blocking=True)
+                sums[1:] += sum_by_bucket(losses * inputs["weights"], buckets)
+            sums[0] += loss_sum.detach()
             if number == len(batch.micro_batches):
-                verdict = self._agree(total, totals, progress)
+                verdict = self._agree(sums, totals, progress)
                 if verdict.refused is not None:
                     # Every wrapper leaves out an update whose gradient is not finite, and cleans up behind it.
                     scale = math.nan
@@ -201,13 +227,24 @@ class Trainer:
         assert verdict is not None
         return verdict
 
-    def _agree(self, total: torch.Tensor, totals: StepTotals, progress: Progress) -> Verdict:
-        """The loss over all ranks, and what follows from it before the last backward. Collective."""
-        asked = float(self.stop.reason is not None), float(self.stop.save_wanted)
-        numbers = torch.tensor([total.item(), *asked], dtype=torch.float64)
-        dist.all_reduce(numbers, group=self.host_group)
-        loss = numbers[0].item() / totals.denominator
-        return Verdict(loss, self.guards.refuses_loss(loss, progress), bool(numbers[1]), bool(numbers[2]))
+    def _agree(self, sums: torch.Tensor, totals: StepTotals, progress: Progress) -> Verdict:
+        """The loss over all ranks, and what follows from it before the last backward. Collective.
+
+        `sums` [1 + TIME_BUCKETS]: this rank's loss, and its parts by time.
+        """
+        mine = sums.cpu().double()  # waits for the device: the time until here is this rank's own
+        spent = self.clock.so_far()
+        seconds = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        seconds[dist.get_rank()] = spent["data"] + spent["forward"]
+        asked = torch.tensor([self.stop.reason is not None, self.stop.save_wanted], dtype=torch.float64)
+        numbers = torch.cat([mine, asked, seconds])
+        with self.clock.during("wait"):
+            dist.all_reduce(numbers, group=self.host_group)
+        total, *by_time = numbers[: len(mine)].tolist()
+        stop, save, *rank_seconds = numbers[len(mine) :].tolist()
+        loss = total / totals.denominator
+        refused = self.guards.refuses_loss(loss, progress)
+        return Verdict(loss, by_time, rank_seconds, refused, bool(stop), bool(save))
 
     def _judge(self, verdict: Verdict, norm: float, progress: Progress) -> tuple[str | None, str | None]:
         """-> (why the update was left out, why an update that was made must be taken back). Collective."""
@@ -227,9 +264,10 @@ class Trainer:
             self.guards.remember(verdict.loss, norm, progress)
         return None, spike
 
-    def _advance(self, progress: Progress, skipped: str | None) -> None:
+    def _advance(self, progress: Progress, totals: StepTotals, skipped: str | None) -> None:
         progress.step += 1
         progress.data_pos += self.plan.global_batch_size
+        progress.tokens_seen += totals.row_tokens
         progress.skips_in_a_row = 0 if skipped is None else progress.skips_in_a_row + 1
         progress.skipped_steps += skipped is not None
 

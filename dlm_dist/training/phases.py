@@ -6,10 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TypeAlias
 
 import torch
 
-PHASES = ("data", "forward", "backward", "optimizer", "save", "evaluation", "other")
+PHASES = ("data", "forward", "wait", "backward", "optimizer", "save", "evaluation", "other")
+"""What a step does; "wait" is for other ranks, in front of the first forward pass and of the last backward pass."""
+
+_Mark: TypeAlias = tuple[str, float, torch.cuda.Event | None]
 
 
 class PhaseClock:
@@ -22,7 +26,7 @@ class PhaseClock:
         """When the present phase began, on the monotonic clock."""
         self.listener: Callable[[str], None] | None = None
         """Told the name of each phase that begins."""
-        self._marks: list[tuple[str, float, torch.cuda.Event | None]] = [self._mark("other")]
+        self._marks: list[_Mark] = [self._mark("other")]
 
     def enter(self, name: str) -> None:
         """End the present phase and begin `name`."""
@@ -43,20 +47,32 @@ class PhaseClock:
             self.enter(before)
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call; the present phase goes on. On CUDA it waits for the device."""
+        """Seconds of each phase since the last call; the present phase goes on. On CUDA it waits for the device.
+
+        They sum to the time since then: "other" is what no phase accounts for.
+        """
         end = self._mark(self.name)
+        seconds = self._split(end)
+        self._marks = [end]
+        return seconds
+
+    def so_far(self) -> dict[str, float]:
+        """What `take` would give, which still gives it later."""
+        return self._split(self._mark(self.name))
+
+    def _split(self, end: _Mark) -> dict[str, float]:
         if end[2] is not None:
             end[2].synchronize()
         seconds = dict.fromkeys(PHASES, 0.0)
         for (name, started, first), (_, ended, last) in zip(self._marks, [*self._marks[1:], end], strict=True):
             if first is not None and last is not None and name in ("forward", "backward", "optimizer"):
                 seconds[name] += first.elapsed_time(last) / 1000.0
-            else:
+            elif name != "other":
                 seconds[name] += ended - started
-        self._marks = [end]
+        seconds["other"] = end[1] - self._marks[0][1] - sum(seconds.values())
         return seconds
 
-    def _mark(self, name: str) -> tuple[str, float, torch.cuda.Event | None]:
+    def _mark(self, name: str) -> _Mark:
         event = None
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)

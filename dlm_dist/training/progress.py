@@ -31,6 +31,12 @@ class Progress:
     rollback may come by again."""
     rollbacks: int = 0
     """Rollbacks of the whole run."""
+    tokens_seen: int = 0
+    """Tokens of the rows of completed steps: each row once, however many draws it gives."""
+    nats_by_time: list[float] = field(default_factory=list)
+    """Weighted losses by bucket of diffusion time since they were last recorded; empty: none yet."""
+    tokens_by_time: list[int] = field(default_factory=list)
+    """The tokens that these account for."""
 
     def as_state(self) -> dict[str, Any]:
         """For trainer_state.json."""
@@ -44,6 +50,9 @@ class Progress:
             "gradient_norms": list(self.gradient_norms),
             "condemned": {str(step): why for step, why in self.condemned.items() if step > self.step},
             "rollbacks": self.rollbacks,
+            "tokens_seen": self.tokens_seen,
+            "nats_by_time": list(self.nats_by_time),
+            "tokens_by_time": list(self.tokens_by_time),
         }
 
     @classmethod
@@ -59,4 +68,7 @@ class Progress:
             gradient_norms=list(state.get("gradient_norms", ())),
             condemned={int(step): why for step, why in state.get("condemned", {}).items()},
             rollbacks=state.get("rollbacks", 0),
+            tokens_seen=state.get("tokens_seen", 0),
+            nats_by_time=list(state.get("nats_by_time", ())),
+            tokens_by_time=list(state.get("tokens_by_time", ())),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from dlm_dist.training.objective import make_objective, with_choices
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.profile_window import ProfileWindow, profile_notes
 from dlm_dist.training.progress import Progress
+from dlm_dist.training.rank_times import RankTimes
 from dlm_dist.training.records import StartRecord
 from dlm_dist.training.resume import (
     Resume,
@@ -40,10 +42,12 @@ from dlm_dist.training.resume import (
     skip_list,
     topology,
 )
-from dlm_dist.training.sources import open_sources
+from dlm_dist.training.sources import open_sources, source_names
 from dlm_dist.training.starting_model import mask_notes, resolve_sizes, starting_model
+from dlm_dist.training.step_figures import Pace, StepFigures
 from dlm_dist.training.stop_requests import StopRequest
 from dlm_dist.training.switches import Switches
+from dlm_dist.training.update_figures import UpdateMeter
 from dlm_dist.training.watchdog import Watchdog
 
 
@@ -166,6 +170,13 @@ def _train(
         guards=Guards(guards.loss_spike, guards.grad_norm_spike, guards.window),
         stop=stop,
         clock=clock,
+        figures=StepFigures(
+            config.logging.every,
+            UpdateMeter(engine),
+            RankTimes(_hosts(), tell),
+            Pace(max_steps),
+            lambda pos: dict(zip(source_names(config.data), stream.epochs(pos), strict=True)),
+        ),
     )
     finished = False
     try:
@@ -200,6 +211,13 @@ def _total_steps(config: RunConfig, stream: SampleStream, progress: Progress) ->
             ]
         )
     return steps
+
+
+def _hosts() -> list[str]:
+    """The machine of every rank. Collective."""
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, platform.node())
+    return hosts
 
 
 def _open_log(config: RunConfig, progress: Progress, max_steps: int, resumed: Resume | None) -> MetricsLog:

@@ -50,6 +50,15 @@ def open_sources(config: RunConfig) -> list[Source]:
     return sources
 
 
+def source_names(data: DataSection) -> list[str]:
+    """What the training sources are called in a run's figures: their paths, numbered where one occurs again."""
+    names: list[str] = []
+    for entry in data.train:
+        times = sum(str(other.path) == str(entry.path) for other in data.train[: len(names)])
+        names.append(str(entry.path) if not times else f"{entry.path} ({times + 1})")
+    return names
+
+
 def open_validation(path: Path, train: Source) -> Source:
     """The held-out rows at `path`; token files are read like the training data, with its tokenizer.
 

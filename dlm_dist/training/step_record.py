@@ -1,4 +1,4 @@
-"""One line of metrics.jsonl: what is known of a step that has ended (docs/resume.md says what each figure means)."""
+"""One line of metrics.jsonl: what is known of a step that has ended (docs/metrics.md says what each figure means)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from dlm_dist.config import RunConfig
 from dlm_dist.training.batches import StepTotals
+from dlm_dist.training.phases import PHASES
 from dlm_dist.training.progress import Progress
 
 
@@ -16,6 +17,7 @@ def place_figures(progress: Progress, positions: tuple[int, int], skipped: str |
     return {
         "step": progress.step,
         "data_pos": progress.data_pos,
+        "tokens_seen": progress.tokens_seen,
         "positions": list(positions),
         "skipped": skipped is not None,
         "skip_reason": skipped,
@@ -45,7 +47,7 @@ def speed_figures(
         "mfu": _flops(model, config, totals) / seconds / peak_flops,
         "step_seconds": seconds,
         "data_wait_seconds": phases["data"],
-        **{f"{name}_seconds": phases[name] for name in ("forward", "backward", "optimizer", "save", "evaluation")},
+        **{f"{name}_seconds": phases[name] for name in PHASES if name != "data"},
     }
 
 

@@ -124,7 +124,7 @@ def behind(folder: Path) -> str:
             f"{now - beat['time']:.0f} s, last in the phase {beat['phase']} of step {beat['step'] + 1}"
             for beat in silent
         )
-    order = ("data", "forward", "backward", "optimizer", "other", "evaluation", "save")
+    order = ("data", "forward", "wait", "backward", "optimizer", "other", "evaluation", "save")
     place = {beat["rank"]: (beat["step"], order.index(beat["phase"])) for beat in beats}
     last = [beat for beat in beats if place[beat["rank"]] == min(place.values())]
     if len(last) == len(beats):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dlm_dist.config import resolve_batch
+from dlm_dist.diffusion.time_buckets import TIME_BUCKETS
 from dlm_dist.training import zero_state
 from dlm_dist.training.batches import RankStep
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
@@ -24,8 +25,11 @@ from dlm_dist.training.guards import Guards
 from dlm_dist.training.loop import Trainer
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.progress import Progress
+from dlm_dist.training.rank_times import RankTimes
 from dlm_dist.training.starting_model import whole_parts
+from dlm_dist.training.step_figures import Pace, StepFigures
 from dlm_dist.training.stop_requests import StopRequest
+from dlm_dist.training.update_figures import UpdateMeter
 from tests.training.conftest import micro_batch, tiny_config, tiny_model
 
 ACCUMULATION = 2
@@ -57,9 +61,10 @@ class Steps:
         if number == BAD_STEP and self._rank == 1:
             factor = {"loss": math.nan, "spike": 100.0}.get(self._kind, 1.0)
             batches[0]["weights"] = batches[0]["weights"] * factor
-        counts = np.array([16 * ACCUMULATION] * 3 + [0])
+        counts = np.array([16 * ACCUMULATION] * 3 + [0, 16 * ACCUMULATION])
         digests = np.zeros((2, 2 * ACCUMULATION, 32), dtype=np.uint8)
-        return RankStep(batches, counts, digests, (number * 8, number * 8 + 8))
+        by_time = np.zeros(TIME_BUCKETS, dtype=np.int64)
+        return RankStep(batches, counts, digests, (number * 8, number * 8 + 8), by_time, None)
 
 
 def run(stage: int, precision: str, kind: str, rank: int, world: int) -> dict[str, Any]:
@@ -101,6 +106,7 @@ def run(stage: int, precision: str, kind: str, rank: int, world: int) -> dict[st
         guards=Guards(loss_spike=config.guards.loss_spike),
         stop=StopRequest(None),
         clock=PhaseClock(torch.device("cpu")),
+        figures=StepFigures(1, UpdateMeter(engine), RankTimes(["here"] * world), Pace(100), lambda data_pos: {}),
     )
     engine.train()
     progress = Progress(losses=[4.0 + 0.01 * index for index in range(20)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dlm_dist.config import resolve_batch
+from dlm_dist.diffusion.time_buckets import TIME_BUCKETS
 from dlm_dist.training.batches import RankStep, StepTotals
 from dlm_dist.training.guards import Guards
 from dlm_dist.training.loop import Trainer
@@ -56,6 +57,7 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0, c
         guards=Guards(),
         stop=StopRequest(None),
         clock=PhaseClock(torch.device("cpu")),
+        figures=None,
     )
     micro_batches = []
     for number, count in enumerate(scored):
@@ -63,8 +65,16 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0, c
         batch |= {name: batch[name][:count] for name in ("supervised", "targets", "weights")}
         batch["weights"] = batch["weights"] * scale_of_weights
         micro_batches.append(batch)
-    totals = StepTotals(16 * len(scored), sum(scored), 16 * len(scored), None, "", "", False, False)
-    step = RankStep(micro_batches, np.zeros(4, dtype=np.int64), np.zeros((2, 4, 32), dtype=np.uint8), (0, 4))
+    size = 16 * len(scored)
+    totals = StepTotals(size, sum(scored), size, None, size, (0,) * TIME_BUCKETS, "", "", False, False)
+    step = RankStep(
+        micro_batches=micro_batches,
+        counts=np.zeros(5, dtype=np.int64),
+        digests=np.zeros((2, 4, 32), dtype=np.uint8),
+        span=(0, 4),
+        tokens_by_time=np.zeros(TIME_BUCKETS, dtype=np.int64),
+        time_buckets=None,
+    )
     loss = trainer._train_step(step, totals, Progress()).loss
     return loss, {name: parameter.grad for name, parameter in engine.module.named_parameters()}, engine.calls[0]
 
