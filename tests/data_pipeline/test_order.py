@@ -230,3 +230,29 @@ def test_cubic_stream_skips_and_ends_its_epoch_at_the_prime(tmp_path: Path) -> N
     assert np.array_equal(stream.read(positions).tokens, source.read(order.locate(positions)[2]).tokens)
     with pytest.raises(DataError, match="is one of a single source, and there are 2"):
         SampleStream([source, source], [1.0, 1.0], 0, order="cubic_prime")
+
+
+# --- how often what was read ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_draws_of_each_source_are_counted(seed: int) -> None:
+    order = SampleOrder([7, 20, 3], [1.0, 0.3, 2.0], seed)
+    source = order.locate(np.arange(2 * PERIOD + 100))[0]
+    for position in (0, 1, 2, 500, PERIOD - 1, PERIOD, PERIOD + 1, 2 * PERIOD + 100):
+        assert order.drawn(position).tolist() == np.bincount(source[:position], minlength=3).tolist()
+    assert CubicPrimeOrder(30).drawn(77).tolist() == [77]
+
+
+def test_epochs_are_rows_read_over_rows(tmp_path: Path) -> None:
+    """By brute force: what the stream has read of each source, skipped ranges left out."""
+    sizes = [10, 4]
+    for number, size in enumerate(sizes):
+        write_source(tmp_path / str(number), np.full((size, 4), number), ByteTokenizer())
+    sources = [ShardedSource.open(tmp_path / str(number)) for number in range(2)]
+    skip = SkipList([(0, 3), (5, 9), (20, 40)])
+    stream = SampleStream(sources, [1.0, 3.0], 7, skip, max_samples=8)
+    for data_pos in (0, 1, 2, 3, 11, 12, 64):
+        read = stream.read(stream.positions(0, data_pos)).tokens[:, 0]
+        expected = [(read == 0).sum() / 8, (read == 1).sum() / 4]
+        assert stream.epochs(data_pos) == pytest.approx(expected, abs=1e-12)
