@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlm_dist.config import resolve_batch
+from dlm_dist.config import RunConfig, resolve_batch
 from dlm_dist.diffusion.time_buckets import TIME_BUCKETS
 from dlm_dist.training import zero_state
 from dlm_dist.training.batches import RankStep
@@ -67,6 +67,41 @@ class Steps:
         return RankStep(batches, counts, digests, (number * 8, number * 8 + 8), by_time, None)
 
 
+def make_trainer(config: RunConfig, engine: Any, steps: Any, log: Log, tell: Any = None) -> Trainer:
+    """The loop over `engine`, which reads `steps` and records in `log`."""
+    world = torch.distributed.get_world_size()
+    return Trainer(
+        config=config,
+        plan=resolve_batch(config.train, world),
+        max_steps=100,
+        engine=engine,
+        device=torch.device("cpu"),
+        host_group=None,
+        read_ahead=steps,
+        is_bound=True,
+        head_settings={},
+        peak_flops=1.0,
+        log=log,  # type: ignore[arg-type]
+        evaluate=None,
+        sample=None,
+        save=lambda progress: None,
+        writer=CheckpointWriter(Path("unused")),
+        alarm=lambda: None,
+        has_checkpoint=False,
+        restore=Progress,
+        guards=Guards(loss_spike=config.guards.loss_spike),
+        stop=StopRequest(None),
+        clock=PhaseClock(torch.device("cpu")),
+        figures=StepFigures(
+            config.logging.every,
+            UpdateMeter(engine),
+            RankTimes(["here"] * world, tell, window=4),
+            Pace(100),
+            lambda data_pos: {},
+        ),
+    )
+
+
 def run(stage: int, precision: str, kind: str, rank: int, world: int) -> dict[str, Any]:
     """Four steps, of which BAD_STEP goes wrong as `kind` says, or does not come at all."""
     config = tiny_config(
@@ -84,30 +119,7 @@ def run(stage: int, precision: str, kind: str, rank: int, world: int) -> dict[st
     engine, _ = build_engine(model, config, plan, whole_parts(model))
     numbers = [number for number in range(4) if not (kind == "left out" and number == BAD_STEP)]
     log = Log()
-    trainer = Trainer(
-        config=config,
-        plan=plan,
-        max_steps=100,
-        engine=engine,
-        device=torch.device("cpu"),
-        host_group=None,
-        read_ahead=Steps(numbers, kind, rank, world),  # type: ignore[arg-type]
-        is_bound=True,
-        head_settings={},
-        peak_flops=1.0,
-        log=log,  # type: ignore[arg-type]
-        evaluate=None,
-        sample=None,
-        save=lambda progress: None,
-        writer=CheckpointWriter(Path("unused")),
-        alarm=lambda: None,
-        has_checkpoint=False,
-        restore=Progress,
-        guards=Guards(loss_spike=config.guards.loss_spike),
-        stop=StopRequest(None),
-        clock=PhaseClock(torch.device("cpu")),
-        figures=StepFigures(1, UpdateMeter(engine), RankTimes(["here"] * world), Pace(100), lambda data_pos: {}),
-    )
+    trainer = make_trainer(config, engine, Steps(numbers, kind, rank, world), log)
     engine.train()
     progress = Progress(losses=[4.0 + 0.01 * index for index in range(20)])
     for number in numbers:

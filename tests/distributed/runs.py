@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # What must be equal to the bit between a resumed run and the one that never stopped.
 EXACT = ("loss", "grad_norm", "lr", "data_pos", "rows_sha256", "noise_sha256", "bits_per_byte", "skipped")
+EXACT += ("tokens_seen", "epochs", "loss_by_time", "grad_norm_by_role", "update_ratio_by_role")
 
 MODELS = {
     "rwkv7": ["model.backbone=rwkv7", "model.hidden_size=32", "model.num_hidden_layers=2", "model.head_size=16"],
@@ -87,6 +88,31 @@ def command(arguments: Sequence[str], ranks: int, resume: str | None = None) -> 
 def environment(ranks: int) -> dict[str, str]:
     """The environment of a run on CPU ranks that share this machine."""
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run_workers(module: str, ranks: int, folder: Path, *arguments: str) -> None:
+    """Run `python -m MODULE RANK RANKS FOLDER ARGUMENTS` on every rank; fails the test where one does not end well."""
+    world = {"WORLD_SIZE": str(ranks), "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with open(folder / f"rank-{rank}.log", "w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, str(rank), str(ranks), str(folder), *arguments],
+                    cwd=REPOSITORY,
+                    env=environment(ranks) | world | place,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join((folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(ranks))
+    assert codes == [0] * ranks, logs
 
 
 def train(arguments: Sequence[str], ranks: int = 2, resume: str | None = None, timeout: float = 300) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,27 +26,7 @@ WORLD = 2
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guards")
-    world = {"WORLD_SIZE": str(WORLD), "MASTER_PORT": str(runs.free_port())}
-    processes = []
-    for rank in range(WORLD):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with open(folder / f"rank-{rank}.log", "w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.distributed.guard_worker", str(rank), str(WORLD), str(folder)],
-                    cwd=runs.REPOSITORY,
-                    env=runs.environment(WORLD) | world | place,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    try:
-        codes = [process.wait(timeout=600) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = "\n".join((folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(WORLD))
-    assert codes == [0] * WORLD, logs
+    runs.run_workers("tests.distributed.guard_worker", WORLD, folder)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD)]
 
 

@@ -52,7 +52,8 @@ def kill_twice_and_compare(settings, folder, ranks):
 def test_resume_is_exact(stage, optimizer, backbone, data, tmp_path):
     def settings(run):
         changes = {"zero__stage": stage, "optimizer__name": optimizer, "model__direction": "bidirectional"}
-        return runs.overrides(data, run, backbone, **changes)
+        # Figures over several steps, some of them on either side of a checkpoint.
+        return runs.overrides(data, run, backbone, logging__every=3, **changes)
 
     kill_twice_and_compare(settings, tmp_path, ranks=2)
 
