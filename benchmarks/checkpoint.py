@@ -4,12 +4,14 @@
                                     [--output FILE]
 
 One rank, fp32 tensors in host memory, everything durable (fsync) when its time ends. In turns, each on a disk that has
-nothing left to write: raw write() and fsync of the same bytes; ours, which also hashes every file (SHA-256), writes
-the manifest and renames; torch.save and fsync; torch.distributed.checkpoint (its default: one thread, fsync). Then
+nothing left to write: raw write() and fsync of the same bytes, also past the page cache (O_DIRECT, one thread); one
+SHA-256 of them in memory, below which no save that hashes one file can come; ours, which hashes every file, writes the
+manifest and renames; torch.save and fsync; torch.distributed.checkpoint (its default: one thread, fsync). Then
 asynchronous: what the training loop waits for (`stall`: for ours the copy, the start, and both agreements at borders
 between steps), and how long the save takes in all, beside one copy of the state into memory that is used again. Then
-loading from files that are in memory already: ours with its check of every byte, and the others, which check none.
-Goals: ours at least 0.9 of the rate of raw write and fsync, its stall at most 1.5 copies. Ends with one line of JSON.
+loading from files that are in memory already: ours as the check of every byte (`verify`) and the reading, and the
+others, which check none. Ratios are medians over the rounds, within each round. Goals: ours at least 0.9 of the rate of
+raw write and fsync, its stall at most 1.5 copies. Ends with one line of JSON.
 
 Needs three times the megabytes on the disk of --folder and in memory. Run it on a machine that does nothing else: the
 hash needs a core of its own.
@@ -18,8 +20,12 @@ hash needs a core of its own.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
+import mmap
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -36,6 +42,7 @@ from benchmarks.machine import describe, spread
 from dlm_dist.training.checkpoint_files import TRAINER_STATE, verify
 from dlm_dist.training.checkpoint_snapshot import HostBuffers, Snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
+from dlm_dist.training.durable_files import file_sha256
 from dlm_dist.training.metrics import json_line
 from dlm_dist.training.phases import Stopwatch
 
@@ -67,6 +74,25 @@ class Bench:
             os.fsync(file.fileno())
         return {"raw write + fsync": clock.seconds}
 
+    def raw_direct(self, folder: Path) -> Times:
+        """The same past the page cache, from one aligned buffer that is filled again and again; the disk alone."""
+        space = mmap.mmap(-1, CHUNK)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.state.values())
+        with Stopwatch() as clock, open(folder / "raw", "wb", buffering=0) as file:
+            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
+            for _ in range(0, size, CHUNK):
+                file.write(space)
+            os.fsync(file.fileno())
+        return {"raw O_DIRECT + fsync": clock.seconds * size / (-(-size // CHUNK) * CHUNK)}
+
+    def sha256(self, folder: Path) -> Times:
+        """One hash of the state where it lies in memory."""
+        digest = hashlib.sha256()
+        with Stopwatch() as clock:
+            for tensor in self.state.values():
+                digest.update(tensor.numpy().data)
+        return {"SHA-256 alone": clock.seconds}
+
     def ours(self, folder: Path) -> Times:
         """Synchronous: the tensors as they are, written, hashed, published."""
         writer = CheckpointWriter(folder)
@@ -74,13 +100,14 @@ class Bench:
             writer.start(self._snapshot(self.state))
             writer.finish()
         writer.close()
-        with Stopwatch() as load:
+        _into_memory(folder)
+        with Stopwatch() as check:
             assert verify(folder / "step-1") == []
-            with safe_open(folder / "step-1" / FILE, framework="pt") as tensors:
-                for name, target in self.target.items():
-                    target.copy_(tensors.get_tensor(name))
+        with Stopwatch() as load, safe_open(folder / "step-1" / FILE, framework="pt") as tensors:
+            for name, target in self.target.items():
+                target.copy_(tensors.get_tensor(name))
         self._check()
-        return {"ours": clock.seconds, "load ours": load.seconds}
+        return {"ours": clock.seconds, "verify ours": check.seconds, "read ours": load.seconds}
 
     def ours_asynchronous(self, folder: Path) -> Times:
         """What a loop waits for, and the time until all ranks know that the checkpoint is published."""
@@ -106,6 +133,7 @@ class Bench:
             torch.save(self.state, file)
             file.flush()
             os.fsync(file.fileno())
+        _into_memory(folder)
         with Stopwatch() as load:
             for name, tensor in torch.load(folder / "state.pt", weights_only=True).items():
                 self.target[name].copy_(tensor)
@@ -116,6 +144,7 @@ class Bench:
         """torch.distributed.checkpoint with its defaults."""
         with Stopwatch() as clock:
             dcp.save(self.state, checkpoint_id=folder / "dcp")
+        _into_memory(folder)
         with Stopwatch() as load:
             dcp.load(self.target, checkpoint_id=folder / "dcp")
         self._check()
@@ -146,9 +175,16 @@ class Bench:
             target.zero_()
 
 
+def _into_memory(folder: Path) -> None:
+    """Read every file once, so that loading is measured from the page cache: what ours writes goes past it."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file_sha256(file)
+
+
 def measure(bench: Bench, folder: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds by name, one value a round; a first round warms up; who comes first moves on by one each round."""
-    cases: list[Case] = [bench.raw, bench.ours, bench.torch_save, bench.dcp]
+    cases: list[Case] = [bench.raw, bench.ours, bench.torch_save, bench.dcp, bench.raw_direct, bench.sha256]
     cases += [bench.copy, bench.ours_asynchronous, bench.dcp_asynchronous]
     found: dict[str, list[float]] = {}
     for number in range(-1, rounds):
@@ -165,11 +201,12 @@ def measure(bench: Bench, folder: Path, rounds: int) -> dict[str, list[float]]:
 
 
 def summary(times: Mapping[str, list[float]], size: int) -> dict[str, object]:
-    """Rates in GB/s, the two ratios of the goals from the medians, and whether they are met."""
+    """Rates in GB/s, the ratios, and whether the goals are met."""
     rates = {name: spread([size / 1e9 / seconds for seconds in values]) for name, values in times.items()}
     seconds = {name: spread(values) for name, values in times.items()}
-    over_raw = seconds["raw write + fsync"]["median"] / seconds["ours"]["median"]
-    over_copy = seconds["ours async stall"]["median"] / seconds["copy"]["median"]
+    over_raw = _ratio(times["raw write + fsync"], times["ours"])
+    over_copy = _ratio(times["ours async stall"], times["copy"])
+    load = [check + read for check, read in zip(times["verify ours"], times["read ours"], strict=True)]
     return {
         "bytes": size,
         "seconds": seconds,
@@ -177,9 +214,18 @@ def summary(times: Mapping[str, list[float]], size: int) -> dict[str, object]:
         "save_over_raw": over_raw,
         "save_goal_met": over_raw >= SAVE_GOAL,
         "stall_in_copies": over_copy,
-        "dcp_stall_in_copies": seconds["DCP async stall"]["median"] / seconds["copy"]["median"],
+        "dcp_stall_in_copies": _ratio(times["DCP async stall"], times["copy"]),
+        "torch_save_over_raw": _ratio(times["raw write + fsync"], times["torch.save + fsync"]),
+        "dcp_save_over_raw": _ratio(times["raw write + fsync"], times["DCP"]),
+        "load_over_torch": _ratio(times["load torch"], load),
+        "load_over_dcp": _ratio(times["load DCP"], load),
         "stall_goal_met": over_copy <= STALL_GOAL,
     }
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    """Median over the rounds: both were measured under the same noise of the machine."""
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))
 
 
 def print_table(result: Mapping[str, object]) -> None:
@@ -191,9 +237,12 @@ def print_table(result: Mapping[str, object]) -> None:
     for name, values in seconds.items():
         cells = " ".join(f"{values[key]:8.3f}" for key in ("median", "min", "max"))
         print(f"{name:20} {cells} {rates[name]['median']:8.2f}")
-    print(f"ours saves at {result['save_over_raw']:.2f} of raw write + fsync (goal: at least {SAVE_GOAL})")
+    print(f"ours saves at {result['save_over_raw']:.2f} of raw write + fsync (goal: at least {SAVE_GOAL})", end="; ")
+    print(f"torch.save at {result['torch_save_over_raw']:.2f}, DCP at {result['dcp_save_over_raw']:.2f}")
     print(f"ours stalls for {result['stall_in_copies']:.2f} copies (goal: at most {STALL_GOAL})", end="; ")
     print(f"DCP for {result['dcp_stall_in_copies']:.2f}")
+    print(f"ours checks and reads at {result['load_over_torch']:.2f} of torch.load", end=", ")
+    print(f"{result['load_over_dcp']:.2f} of DCP, which check nothing")
 
 
 def main(arguments: list[str]) -> int:

@@ -97,8 +97,8 @@ def _replace_by_masters(checkpoint: Path, model: Path) -> None:
     from safetensors import safe_open
 
     from dlm_dist.training.checkpoint_contents import Contents
-    from dlm_dist.training.checkpoint_files import write_files
     from dlm_dist.training.checkpoint_snapshot import safetensors_buffers
+    from dlm_dist.training.durable_files import write_files
 
     contents = Contents(checkpoint)
     for file in sorted(model.glob("*.safetensors")):

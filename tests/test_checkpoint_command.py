@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dlm_dist.training import checkpoint_files
+from dlm_dist.training import checkpoint_files, durable_files
 from launcher import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ def publish(checkpoints: Path, step: int, masters: bytes = b"masters") -> Path:
     }
     staging = checkpoints / ".staging"
     contents = FILES | {"trainer_state.json": json.dumps(state).encode(), "tensors/rank-00000.safetensors": masters}
-    written = checkpoint_files.write_files(staging, {name: [memoryview(text)] for name, text in contents.items()})
+    written = durable_files.write_files(staging, {name: [memoryview(text)] for name, text in contents.items()})
     checkpoint_files.publish(written, staging, checkpoints / f"step-{step}")
     return checkpoints / f"step-{step}"
 

@@ -21,10 +21,10 @@ from dlm_dist.training import zero_state
 from dlm_dist.training.checkpoint_files import (
     MANIFEST,
     CheckpointError,
-    file_sha256,
     find_damage,
     list_checkpoints,
 )
+from dlm_dist.training.durable_files import file_sha256
 from dlm_dist.training.elastic import SavedShards
 
 

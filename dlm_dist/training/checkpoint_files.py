@@ -6,15 +6,14 @@ Layout and protocol are specified in docs/checkpoint-format.md. Needs neither to
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from dlm_dist.training.durable_files import files_sha256, fsync_folder, write_files
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -22,8 +21,6 @@ TRAINER_STATE = "trainer_state.json"
 _READ_BY_NAME = ("model", "tokenizer", "tensors")
 _INDEX = ".safetensors.index.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-_BLOCK_BYTES = 2**24
-_FLUSH_BYTES = 2**26
 
 
 class CheckpointError(ValueError):
@@ -60,58 +57,6 @@ def load_trainer_state(path: Path) -> dict[str, Any]:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def write_files(folder: Path, contents: Mapping[str, Sequence[memoryview]]) -> dict[str, dict[str, Any]]:
-    """Write files {relative path: buffers} -> {relative path: {size, sha256}}; durable on return.
-
-    Two threads work beside this one, so that a save takes as long as the slowest of the three: one hashes, one asks
-    the disk to take what is written so far, of which a file system would else keep much until the end.
-    """
-    hashing, flushing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-    try:
-        digests = {name: hashing.submit(_sha256, buffers) for name, buffers in contents.items()}
-        sizes = {name: _write_file(folder / name, buffers, flushing) for name, buffers in contents.items()}
-        return {name: {"size": size, "sha256": digests[name].result()} for name, size in sizes.items()}
-    finally:
-        for threads in (hashing, flushing):
-            threads.shutdown(cancel_futures=True)
-
-
-def _blocks(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
-    for buffer in buffers:
-        view = buffer.cast("B")
-        for start in range(0, len(view), _BLOCK_BYTES):
-            yield view[start : start + _BLOCK_BYTES]
-
-
-def _sha256(buffers: Sequence[memoryview]) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(buffers):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_file(path: Path, buffers: Sequence[memoryview], flushing: ThreadPoolExecutor) -> int:
-    """Write one new file -> its size; durable on return."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = flushed = 0
-    flush: Future[None] | None = None
-    with open(path, "xb", buffering=0) as file:
-        for block in _blocks(buffers):
-            done = 0
-            while done < len(block):
-                done += os.write(file.fileno(), block[done:])
-            size += len(block)
-            if size - flushed >= _FLUSH_BYTES and (flush is None or flush.done()):
-                if flush is not None:
-                    flush.result()  # an error of the disk is told once
-                flushed = size
-                flush = flushing.submit(os.fsync, file.fileno())
-        if flush is not None:
-            flush.result()
-        os.fsync(file.fileno())
-    return size
-
-
 def make_staging(staging: Path) -> None:
     """A new folder, durable with the two above it, in which the files of a checkpoint gather."""
     staging.mkdir(parents=True)
@@ -127,14 +72,6 @@ def publish(files: Mapping[str, Mapping[str, Any]], staging: Path, final: Path) 
         fsync_folder(folder)
     staging.rename(final)
     fsync_folder(final.parent)
-
-
-def fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
@@ -226,7 +163,7 @@ def verify(
 
     Every file must be a plain one inside the folder, of the recorded size and (`hashes`) SHA-256; what libraries read
     by the names they find (`_READ_BY_NAME`) must hold nothing that the manifest does not name. `only` files whose path
-    starts with one of these are checked; with `share` = (i, n) every n-th one, starting with the i-th, is hashed.
+    starts with one of these are checked; with `share` = (i, n) only the i-th of n shares of them is hashed.
     `advance` hears of the bytes read.
     """
     return list(find_damage(path, share, only, advance, hashes).values())
@@ -244,25 +181,34 @@ def find_damage(
         files = read_manifest(path)
     except CheckpointError as error:
         return {MANIFEST: str(error)}
-    problems = {}
-    names = {*files, *_read_by_name(path)}
-    chosen = sorted(name for name in names if name.startswith(only))
-    hashed = set(chosen[share[0] :: share[1]]) if hashes else set()
+    names = sorted({*files, *_read_by_name(path)})
+    chosen = [name for name in names if name.startswith(only)]
+    problems = {name: problem for name in chosen if (problem := _visible_damage(path, name, files)) is not None}
+    if hashes:
+        # Dealt out by size: a rank must not get all the large ones.
+        by_size = sorted((name for name in chosen if name in files), key=lambda name: (-files[name]["size"], name))
+        mine = [name for name in by_size[share[0] :: share[1]] if name not in problems]
+        for name, digest in zip(mine, files_sha256([path / name for name in mine], advance), strict=True):
+            if digest != files[name]["sha256"]:
+                problems[name] = f"{path / name} does not have its recorded SHA-256"
     for name in chosen:
-        file, entry = path / name, files.get(name)
-        if any(part.is_symlink() for part in (file, *file.parents[: name.count("/")])):
-            problems[name] = f"{file} is a link, or behind one"
-        elif entry is None:
-            problems[name] = f"{file} is not named in the manifest"
-        elif not file.is_file():
-            problems[name] = f"{file} is missing"
-        elif file.stat().st_size != entry["size"]:
-            problems[name] = f"{file} has {file.stat().st_size} bytes instead of {entry['size']}"
-        elif name in hashed and file_sha256(file, advance) != entry["sha256"]:
-            problems[name] = f"{file} does not have its recorded SHA-256"
-        elif name.endswith(_INDEX) and (stray := _stray_shards(file, name, files)):
-            problems[name] = f"{file} names {stray[0]!r}, which is no file of the checkpoint"
-    return problems
+        if name not in problems and name.endswith(_INDEX) and (stray := _stray_shards(path / name, name, files)):
+            problems[name] = f"{path / name} names {stray[0]!r}, which is no file of the checkpoint"
+    return dict(sorted(problems.items()))
+
+
+def _visible_damage(path: Path, name: str, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What is wrong with the file `name` of a checkpoint as a folder shows it."""
+    file, entry = path / name, files.get(name)
+    if any(part.is_symlink() for part in (file, *file.parents[: name.count("/")])):
+        return f"{file} is a link, or behind one"
+    if entry is None:
+        return f"{file} is not named in the manifest"
+    if not file.is_file():
+        return f"{file} is missing"
+    if file.stat().st_size != entry["size"]:
+        return f"{file} has {file.stat().st_size} bytes instead of {entry['size']}"
+    return None
 
 
 def _read_by_name(path: Path) -> set[str]:
@@ -288,14 +234,3 @@ def require_whole(path: Path, only: tuple[str, ...] = ("model/", "tokenizer/", T
             if problems := verify(folder, only=only):
                 raise CheckpointError(f"{folder} is damaged: {problems[0]}")
             return
-
-
-def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file's bytes; `advance` hears of the bytes read."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            if advance is not None:
-                advance(len(block))
-    return digest.hexdigest()

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dlm_dist.training.checkpoint_files import CheckpointError, make_staging, publish, retain, write_files
+from dlm_dist.training.checkpoint_files import CheckpointError, make_staging, publish, retain
 from dlm_dist.training.checkpoint_snapshot import HostBuffers, Snapshot
+from dlm_dist.training.durable_files import write_files
 from dlm_dist.training.lease import LeaseError
 
 

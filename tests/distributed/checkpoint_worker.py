@@ -35,7 +35,7 @@ def write(folder: Path, rank: int) -> list[str]:
     os.chdir(folder)
     told = []
     writer = CheckpointWriter(Path("checkpoints"), keep_last=1, tell=told.append)
-    real = os.write
+    real = os.pwrite
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
@@ -45,7 +45,7 @@ def write(folder: Path, rank: int) -> list[str]:
         files = {"trainer_state.json": b"{}"} if rank == 0 else {}
         writer.start(Snapshot(step, tensors, files))
         if rank == 1:
-            checkpoint_files.os.write = full if step == 2 else real
+            os.pwrite = full if step == 2 else real
         try:
             writer.finish()
         except checkpoint_files.CheckpointError as error:

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from dlm_dist.training import checkpoint_files
+from dlm_dist.training.checkpoint_files import MANIFEST
 from tests.distributed import runs
 from tests.test_checkpoint_command import publish
 
@@ -31,7 +32,8 @@ def answers(tmp_path_factory):
         "no manifest yet": lambda view: (view / "step-8" / "manifest.json").unlink(),
         "another one of the same name": lambda view: (shutil.rmtree(view / "step-8"), publish(view, 8, b"other")),
         "a file is not there yet": lambda view: (view / "step-8" / "tensors" / "rank-00000.safetensors").unlink(),
-        "a file is old": lambda view: damage(view / "step-8" / "model" / "model.safetensors"),
+        # All of them, since the ranks share the hashing: rank 1 reads but some.
+        "files are old": lambda view: [damage(x) for x in (view / "step-8").rglob("*.*") if x.name != MANIFEST],
     }
     for case, change in changes.items():
         view = folder / "cases" / case / "rank-0" / "checkpoints"
@@ -78,7 +80,7 @@ def test_what_is_damaged_for_all_is_passed_over_by_all(answers):
         ("no manifest yet", "another manifest.json"),
         ("another one of the same name", "another manifest.json"),
         ("a file is not there yet", "rank-00000.safetensors is missing"),
-        ("a file is old", "model.safetensors does not have its recorded SHA-256"),
+        ("files are old", "does not have its recorded SHA-256"),
     ],
 )
 def test_a_rank_that_sees_something_else_stops_all(answers, case, what):

@@ -20,7 +20,7 @@ from data_pipeline.tokenizer_backends.characters import CharacterTokenizer
 from data_pipeline.tokenizers import Tokenizer, load
 from dlm_dist import models
 from dlm_dist.evaluation.bound import evaluate_bound, unigram_nats_per_token
-from dlm_dist.training import checkpoint_files
+from dlm_dist.training import checkpoint_files, durable_files
 from launcher import cli, evaluate_command
 from tests.data_pipeline.test_token_files import write_megatron
 from tests.distributed import runs
@@ -49,7 +49,7 @@ def publish(checkpoints: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
     (staging / "trainer_state.json").write_text(json.dumps(state))
     files = {}
     for file in [path for path in staging.rglob("*") if path.is_file()]:
-        entry = {"size": file.stat().st_size, "sha256": checkpoint_files.file_sha256(file)}
+        entry = {"size": file.stat().st_size, "sha256": durable_files.file_sha256(file)}
         files[str(file.relative_to(staging))] = entry
     checkpoint_files.publish(files, staging, checkpoints / "step-7")
     return checkpoints / "step-7"

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from dlm_dist import models
-from dlm_dist.training import checkpoint, checkpoint_files, checkpoint_snapshot, optimizers, zero_state
+from dlm_dist.training import checkpoint, checkpoint_files, checkpoint_snapshot, durable_files, optimizers, zero_state
 from dlm_dist.training.checkpoint_files import CheckpointError
 from dlm_dist.training.checkpoint_snapshot import safetensors_buffers, take_snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
@@ -115,9 +115,9 @@ def test_safetensors_files_are_what_the_library_reads(tmp_path):
         "empty": torch.empty(0, 3),
         "long": torch.arange(6).view(2, 3),
     }
-    written = checkpoint_files.write_files(tmp_path, {"x.safetensors": safetensors_buffers(tensors)})
+    written = durable_files.write_files(tmp_path, {"x.safetensors": safetensors_buffers(tensors)})
     assert written["x.safetensors"]["size"] == (tmp_path / "x.safetensors").stat().st_size
-    assert written["x.safetensors"]["sha256"] == checkpoint_files.file_sha256(tmp_path / "x.safetensors")
+    assert written["x.safetensors"]["sha256"] == durable_files.file_sha256(tmp_path / "x.safetensors")
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -181,7 +181,7 @@ def test_a_manifest_cannot_point_outside(copy, name):
     """Not even at a file that is there and has the size and hash that it says."""
     (copy.parent / "secret").write_bytes(b"1")
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"][name] = {"size": 1, "sha256": checkpoint_files.file_sha256(copy.parent / "secret")}
+    manifest["files"][name] = {"size": 1, "sha256": durable_files.file_sha256(copy.parent / "secret")}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     (problem,) = checkpoint_files.verify(copy)
     assert f"names {name!r}, which is outside" in problem
@@ -222,7 +222,7 @@ def test_an_index_names_only_files_of_the_checkpoint(copy, shard):
     index = copy / "model" / "model.safetensors.index.json"
     index.write_text(json.dumps(content))
     manifest = json.loads((copy / "manifest.json").read_text())
-    entry = {"size": index.stat().st_size, "sha256": checkpoint_files.file_sha256(index)}
+    entry = {"size": index.stat().st_size, "sha256": durable_files.file_sha256(index)}
     manifest["files"]["model/model.safetensors.index.json"] = entry
     (copy / "manifest.json").write_text(json.dumps(manifest))
     (problem,) = checkpoint_files.verify(copy)
@@ -336,11 +336,32 @@ def test_a_full_disk_is_reported_and_harms_nothing(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_files.os, "write", full)
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(CheckpointError, match=r"step-4 could not be written: rank 0: .*No space left"):
         save(engine, tmp_path, step=4)
     assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
     assert checkpoint_files.verify(first) == []
+
+
+def test_the_ranks_share_the_hashing_by_size(tmp_path):
+    """Every file is hashed by one of them, and none of them gets all that are large."""
+    staging = tmp_path / ".staging"
+    sizes = {f"tensors/rank-{rank:05d}.{end}": size for rank in range(4) for end, size in (("json", 9), ("bin", 9000))}
+    sizes["trainer_state.json"] = 20
+    checkpoint_files.make_staging(staging)
+    written = durable_files.write_files(staging, {name: [memoryview(bytes(size))] for name, size in sizes.items()})
+    checkpoint_files.publish(written, staging, tmp_path / "step-1")
+    read = []
+    for rank in range(3):
+        parts: list[int] = []
+        assert checkpoint_files.verify(tmp_path / "step-1", (rank, 3), advance=parts.append) == []
+        read.append(sum(parts))
+    assert sum(read) == sum(sizes.values())
+    assert max(read) < 2.1 * 9000
+    damaged = tmp_path / "step-1/tensors/rank-00002.bin"
+    damaged.write_bytes(b"x" * 9000)
+    found = [checkpoint_files.verify(tmp_path / "step-1", (rank, 3)) for rank in range(3)]
+    assert sorted(found) == [[], [], [f"{damaged} does not have its recorded SHA-256"]]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

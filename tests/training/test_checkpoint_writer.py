@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dlm_dist.training import checkpoint_files, checkpoint_writer
+from dlm_dist.training import checkpoint_files, checkpoint_writer, durable_files
 from dlm_dist.training.checkpoint_files import CheckpointError
 from dlm_dist.training.checkpoint_snapshot import HostBuffers, Snapshot, take_snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
@@ -44,7 +44,7 @@ def gate(monkeypatch):
 
     def write_files(*arguments):
         assert gate.wait(30)
-        return checkpoint_files.write_files(*arguments)
+        return durable_files.write_files(*arguments)
 
     monkeypatch.setattr(checkpoint_writer, "write_files", write_files)
     yield gate
@@ -163,7 +163,7 @@ def test_a_run_that_lost_its_folder_publishes_nothing(tmp_path):
     writer.close()
 
 
-CALLS = ("open", "mkdir", "write", "fsync", "rename", "unlink", "rmdir")
+CALLS = ("open", "mkdir", "pwrite", "fsync", "rename", "unlink", "rmdir")
 
 
 class Faults:
@@ -173,7 +173,7 @@ class Faults:
         self.made = []
         self.lock = threading.Lock()
         for name in CALLS:
-            monkeypatch.setattr(f"os.{name}", self.counted(name, getattr(checkpoint_files.os, name), at, strike))
+            monkeypatch.setattr(f"os.{name}", self.counted(name, getattr(os, name), at, strike))
 
     def counted(self, name, call, at, strike):
         def instead(*arguments, **named):
@@ -201,7 +201,7 @@ def number_of_calls(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults(patch)
         save_after(tmp_path, 4)
-    assert {"mkdir", "write", "fsync", "rename", "unlink"} <= set(faults.made)
+    assert {"mkdir", "pwrite", "fsync", "rename", "unlink"} <= set(faults.made)
     return len(faults.made)
 
 
@@ -258,7 +258,7 @@ def test_a_kill_at_any_moment_harms_nothing(tmp_path):
             # Everything after the blow fails too: a dead process cleans nothing up.
             dead = Faults(patch)
             for name in CALLS:
-                patch.setattr(f"os.{name}", after(dead, at, kill, getattr(checkpoint_files.os, name)))
+                patch.setattr(f"os.{name}", after(dead, at, kill, getattr(os, name)))
             with contextlib.suppress(KilledError, CheckpointError):
                 save_after(place, 4)
         whole, damaged = whole_ones(place)
