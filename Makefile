@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 # Programs that are started by name (deepspeed, dlm) come from the environment.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help install demo test test-resume test-gpu check clean
+.PHONY: help install demo test test-resume test-gpu test-slurm check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo 'make test         all tests that need no GPU'
 	@echo 'make test-resume  the whole resume matrix and the other long tests of several ranks (about half an hour)'
 	@echo 'make test-gpu     the tests that need a CUDA device'
+	@echo 'make test-slurm   runs on a SLURM cluster of two nodes that it brings up here; needs root and, on Debian and Ubuntu,'
+	@echo '                  apt install slurm-wlm munge iproute2'
 	@echo 'make check        ruff, ruff format and mypy'
 	@echo 'make clean        remove $(VENV) and caches; runs stay'
 
@@ -41,13 +43,16 @@ demo: install
 	$(RUN) python -m launcher.demo
 
 test: install
-	$(RUN) python -m pytest -m 'not gpu and not slow' $(PYTEST_ARGS)
+	$(RUN) python -m pytest -m 'not gpu and not slow and not slurm' $(PYTEST_ARGS)
 
 test-resume: install
 	$(RUN) python -m pytest -m 'not gpu' tests/distributed $(PYTEST_ARGS)
 
 test-gpu: install
 	$(RUN) python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-slurm: install
+	$(RUN) python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 check: install
 	$(RUN) ruff check .

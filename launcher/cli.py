@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from launcher.chain_command import add_chain_command
 from launcher.checkpoint_commands import add_checkpoint_commands
 from launcher.compare_command import add_compare_command
 from launcher.convert_command import add_convert_command
@@ -32,6 +33,7 @@ _GROUPS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], N
     add_checkpoint_commands,
     add_compare_command,
     add_sweep_commands,
+    add_chain_command,
     add_goodput_command,
     add_info_commands,
 )

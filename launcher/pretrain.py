@@ -14,9 +14,11 @@ from pathlib import Path
 
 USER_ERROR = 2
 INTERRUPTED = 130
+LOST_CONTACT = 74  # EX_IOERR: another rank has ended, and its status says why
 STOPPED_EARLY = 75  # EX_TEMPFAIL: saved, and to be gone on with
 # What gloo says to a rank whose neighbour is gone.
 _LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_NEIGHBOUR_ENDED = "lost contact with another rank, which has ended: its own message says why"
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -39,7 +41,9 @@ def main(arguments: list[str]) -> int:
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     from dlm_dist.training.errors import StoppedEarlyError
+    from launcher.slurm import adopt_srun_task
 
+    adopt_srun_task(os.environ)
     try:
         _run(options)
     except StoppedEarlyError as end:
@@ -53,7 +57,7 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("DLM_DEBUG") == "1" or sentence is None:
             raise
         _tell(sentence)
-        return USER_ERROR
+        return LOST_CONTACT if sentence is _NEIGHBOUR_ENDED else USER_ERROR
     return 0
 
 
@@ -88,7 +92,7 @@ def _for_the_user(error: ValueError | OSError | RuntimeError) -> str | None:
     if isinstance(error, (ConfigError, DataError, CheckpointError, TrainingStoppedError)):
         return str(error)
     if any(sign in str(error) for sign in _LOST_CONTACT):
-        return "lost contact with another rank, which has ended: its own message says why"
+        return _NEIGHBOUR_ENDED
     return None
 
 

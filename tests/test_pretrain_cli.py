@@ -164,20 +164,20 @@ def test_a_mistake_is_one_sentence(mistakes, name, words):
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "words", "status"),
     [
-        (OSError(28, "No space left on device", "x.bin"), "x.bin: No space left on device"),
-        (RuntimeError("[x/pair.cc:5] Connection closed by peer [::1]:3"), "lost contact with another rank"),
+        (OSError(28, "No space left on device", "x.bin"), "x.bin: No space left on device", 2),
+        (RuntimeError("[x/pair.cc:5] Connection closed by peer [::1]:3"), "lost contact with another rank", 74),
     ],
 )
-def test_what_is_told_in_a_sentence(monkeypatch, capsys, error, words):
+def test_what_is_told_in_a_sentence(monkeypatch, capsys, error, words, status):
     def fail(options):
         raise error
 
     monkeypatch.setattr(pretrain, "_run", fail)
     monkeypatch.delenv("DLM_DEBUG", raising=False)
     monkeypatch.delenv("RANK", raising=False)
-    assert pretrain.main(["--config", "x.yaml"]) == 2
+    assert pretrain.main(["--config", "x.yaml"]) == status
     assert words in capsys.readouterr().err
     monkeypatch.setenv("DLM_DEBUG", "1")
     with pytest.raises(type(error)):

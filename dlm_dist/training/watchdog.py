@@ -13,12 +13,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dlm_dist.training.phases import PhaseClock
+if TYPE_CHECKING:
+    # Heartbeats are read by programs that need no torch.
+    from dlm_dist.training.phases import PhaseClock
 
 HUNG = 76
 """Exit status of a rank that its watchdog ended."""
@@ -114,23 +116,38 @@ def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
     return beats
 
 
-def behind(folder: Path) -> str:
-    """Which ranks hold the others up, by their heartbeats in `folder`."""
-    now, beats = time.time(), read_heartbeats(folder)
-    silent = [beat for beat in beats if now - beat["time"] > _STALE_BEATS * beat["interval"]]
+def is_silent(beat: Mapping[str, Any], now: float) -> bool:
+    """Whether the rank of `beat` has given no sign of life for too long."""
+    late: bool = now - beat["time"] > _STALE_BEATS * beat["interval"]
+    return late
+
+
+def laggards(beats: Sequence[dict[str, Any]], now: float) -> list[dict[str, Any]]:
+    """The heartbeats of the ranks that hold the others up: the silent ones, or else those behind. None where no rank
+    differs from the others."""
+    silent = [beat for beat in beats if is_silent(beat, now)]
     if silent:
-        return "; ".join(
-            f"rank {beat['rank']} on {beat['host']} (process {beat['pid']}) has given no sign of life for "
-            f"{now - beat['time']:.0f} s, last in the phase {beat['phase']} of step {beat['step'] + 1}"
-            for beat in silent
-        )
+        return silent
     order = ("data", "forward", "wait", "backward", "optimizer", "other", "evaluation", "save")
     place = {beat["rank"]: (beat["step"], order.index(beat["phase"])) for beat in beats}
     last = [beat for beat in beats if place[beat["rank"]] == min(place.values())]
-    if len(last) == len(beats):
+    return last if len(last) < len(beats) else []
+
+
+def behind(folder: Path) -> str:
+    """Which ranks hold the others up, by their heartbeats in `folder`."""
+    now, beats = time.time(), read_heartbeats(folder)
+    found = laggards(beats, now)
+    if not found:
         return f"all {len(beats)} ranks are there"
     return "; ".join(
-        f"rank {beat['rank']} on {beat['host']} (process {beat['pid']}) is behind, in the phase {beat['phase']} of "
-        f"step {beat['step'] + 1} for {beat['seconds_in_phase']:.0f} s"
-        for beat in last
+        f"rank {beat['rank']} on {beat['host']} (process {beat['pid']}) "
+        + (
+            f"has given no sign of life for {now - beat['time']:.0f} s, last in the phase {beat['phase']} of step "
+            f"{beat['step'] + 1}"
+            if is_silent(beat, now)
+            else f"is behind, in the phase {beat['phase']} of step {beat['step'] + 1} for "
+            f"{beat['seconds_in_phase']:.0f} s"
+        )
+        for beat in found
     )

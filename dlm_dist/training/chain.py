@@ -1,0 +1,192 @@
+"""A run as a chain of jobs: what each attempt came to, when to give up, and which node is to blame.
+
+`RUN/chain/attempts.jsonl` has one line for the begin and one for the end of every attempt; one without an end was
+killed, or its node died. Everything else follows from these lines. Needs neither torch nor SLURM; who starts the
+attempts is launcher/chain_command.py.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlm_dist.training.checkpoint_files import list_checkpoints, step_of
+from dlm_dist.training.switches import STOP
+
+FINISHED = 0
+USER_ERROR = 2
+LOST_CONTACT = 74  # EX_IOERR: another rank has ended
+STOPPED_EARLY = 75  # EX_TEMPFAIL: saved, and to be gone on with
+HUNG = 76
+
+FAILURES_TO_EXCLUDE = 2
+"""A node that was to blame this often is left out."""
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """What the launcher of one node (launcher/node.py) left behind; see `read_results`."""
+
+    node: str
+    status: int | None
+    """Exit status of the first of its ranks that failed, or of all; None: it was ended from outside."""
+    told: str = ""
+    """The last lines of that rank."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attempt came to."""
+
+    status: int
+    blamed: dict[str, str] = field(default_factory=dict)
+    """Node -> why."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the run by one job."""
+
+    name: str
+    nodes: tuple[str, ...]
+    checkpoint: int
+    """Step of the newest checkpoint at the begin; -1: none."""
+    reached: int
+    """The same at the end."""
+    status: int | None = None
+    """None: it has not ended, or not by itself."""
+    blamed: Mapping[str, str] = field(default_factory=dict)
+    told: bool = False
+    """Somebody asked it to end: SLURM, or a person."""
+
+
+class Chain:
+    """The attempts on the run in `run_dir`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self.folder = run_dir / "chain"
+        self._path = self.folder / "attempts.jsonl"
+
+    def newest(self) -> int:
+        """Step of the newest checkpoint; -1: there is none."""
+        found = list_checkpoints(self._run_dir / "checkpoints")
+        return (step_of(found[-1]) or 0) if found else -1
+
+    def begin(self, name: str, nodes: Sequence[str]) -> None:
+        """Record that the attempt `name` starts on `nodes`."""
+        self._append({"event": "begin", "attempt": name, "nodes": list(nodes), "checkpoint": self.newest()})
+
+    def end(self, name: str, outcome: Outcome, told: bool) -> None:
+        """Record what it came to."""
+        self._append({"event": "end", "attempt": name, "checkpoint": self.newest(), "told": told, **asdict(outcome)})
+        excluded = self.excluded()
+        if excluded:
+            (self.folder / "excluded_nodes").write_text("".join(f"{node}\n" for node in excluded), encoding="utf-8")
+
+    def give_up(self, reason: str) -> None:
+        """Write STOP with the reason, and forget the attempts before it: who removes STOP has mended something."""
+        self._append({"event": "stop", "reason": reason})
+        (self._run_dir / STOP).write_text(f"{reason}\n", encoding="utf-8")
+
+    def attempts(self) -> list[Attempt]:
+        """Since the chain last gave up, oldest first."""
+        found: list[dict[str, Any]] = []
+        for event in self._events():
+            if event["event"] == "stop":
+                found = []
+            elif event["event"] == "begin":
+                if found:
+                    found[-1].setdefault("reached", event["checkpoint"])
+                place = {"name": event["attempt"], "nodes": tuple(event["nodes"]), "checkpoint": event["checkpoint"]}
+                found.append(place)
+            elif found and found[-1]["name"] == event["attempt"]:
+                kept = {key: event[key] for key in ("status", "blamed", "told")}
+                found[-1] |= {"reached": event["checkpoint"], **kept}
+        return [Attempt(**{"reached": self.newest(), **values}) for values in found]
+
+    def why_give_up(self, limit: int) -> str | None:
+        """The reason where the last `limit` attempts that nobody interrupted made no new checkpoint; else None."""
+        fruitless: list[Attempt] = []
+        for attempt in self.attempts():
+            if attempt.reached > attempt.checkpoint:
+                fruitless = []
+            elif not attempt.told:
+                fruitless.append(attempt)
+        if len(fruitless) < limit:
+            return None
+        ends = ", ".join(
+            f"{attempt.name} on {','.join(attempt.nodes)}: "
+            + ("killed, or its node died" if attempt.status is None else f"status {attempt.status}")
+            for attempt in fruitless[-limit:]
+        )
+        return f"{limit} attempts in a row made no new checkpoint ({ends})"
+
+    def excluded(self) -> list[str]:
+        """Nodes to leave out from now on."""
+        blamed = Counter(node for attempt in self.attempts() for node in attempt.blamed)
+        return sorted(node for node, times in blamed.items() if times >= FAILURES_TO_EXCLUDE)
+
+    def _events(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        # A line without an end is what a kill has left.
+        return [json.loads(line) for line in self._path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+    def _append(self, event: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with open(self._path, "r+b" if torn else "ab") as file:
+            if torn:
+                file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
+                file.seek(0, 2)
+            file.write(json.dumps({"time": time, **event}).encode() + b"\n")
+
+
+def judge(nodes: Sequence[str], results: Iterable[NodeResult], silent: Iterable[str], status: int) -> Outcome:
+    """What an attempt on `nodes` came to: `results` of their launchers, `status` of the command that started them.
+
+    A node is blamed when it failed and another did not: what fails alike everywhere is the program's fault, or the
+    user's. `silent` nodes were behind or gave no sign of life when a watchdog ended the run. Of a node alone only a
+    crash counts.
+    """
+    ended = {result.node: result for result in results}
+    codes = [result.status for result in ended.values() if result.status is not None]
+    if status == FINISHED or (codes and len(ended) == len(nodes) and set(codes) == {FINISHED}):
+        return Outcome(status)
+    own = {
+        node: result
+        for node, result in ended.items()
+        if result.status not in (None, FINISHED, LOST_CONTACT, STOPPED_EARLY, HUNG)
+    }
+    if STOPPED_EARLY in codes and not own:
+        return Outcome(STOPPED_EARLY)
+    if own:
+        reasons = {
+            node: f"a rank ended with status {result.status}: {result.told}".rstrip(": ")
+            for node, result in own.items()
+            if len(nodes) > 1 or result.status != USER_ERROR
+        }
+        first = next(iter(own.values())).status
+        return Outcome(first or status, reasons if len(own) < len(nodes) or len(nodes) == 1 else {})
+    absent = [node for node in nodes if node not in ended]
+    if absent:
+        return Outcome(status, dict.fromkeys(absent, "no launcher started there") if ended else {})
+    behind = [node for node in nodes if node in set(silent)]
+    reasons = dict.fromkeys(behind, "it held the others up until their watchdogs ended them")
+    return Outcome(HUNG if HUNG in codes else status, reasons if len(behind) < len(nodes) else {})
+
+
+def read_results(folder: Path) -> list[NodeResult]:
+    """What the launchers of an attempt left in `folder`: node-NAME.json with node, status and told."""
+    found = []
+    for path in sorted(folder.glob("node-*.json")):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        found.append(NodeResult(values["node"], values["status"], values["told"]))
+    return found

@@ -1,0 +1,226 @@
+"""`dlm chain` and the launcher of a node, with SLURM's commands replaced by scripts; tests/slurm has the real ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dlm_dist.training.chain import Chain, Outcome
+from launcher.node import cores_by_place, shares
+from launcher.slurm import adopt_srun_task, first_host, rendezvous_port
+from tests.distributed import runs
+
+CONFIG = "tests/distributed/tiny.yaml"
+RUN = """\
+import sys, pathlib, os
+run = pathlib.Path([word for word in sys.argv if word.startswith("run.dir=")][0][8:])
+(run / "called").write_text(" ".join(sys.argv[1:]))
+if {saves}:
+    (run / "checkpoints" / "step-5").mkdir(parents=True)
+    (run / "checkpoints" / "step-5" / "manifest.json").touch()
+sys.exit({status})
+"""
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """Call `dlm chain` as a task of array 7 -> (status, what it said, what it asked of SLURM)."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    asked = tmp_path / "asked"
+    for name in ("scontrol", "squeue"):
+        (programs / name).write_text(
+            f'#!/bin/sh\necho "{name} $@" >> {asked}\ncase "{name} $2" in\n'
+            f'"scontrol hostnames") printf "a\\nb\\n" ;;\n"scontrol job") echo "ExcNodeList=z" ;;\n'
+            f"squeue*) cat {tmp_path}/waiting ;;\nesac\n"
+        )
+        (programs / name).chmod(0o755)
+
+    def call(status=0, saves=False, waiting="7_1\n7_2\n"):
+        asked.write_text("")
+        (tmp_path / "waiting").write_text(waiting)
+        (tmp_path / "run.py").write_text(RUN.format(status=status, saves=saves))
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "launcher.cli", "chain", "--config", CONFIG),
+                *runs.overrides(tmp_path / "data", tmp_path / "run"),
+                *("--command", sys.executable, str(tmp_path / "run.py")),
+            ],
+            cwd=runs.REPOSITORY,
+            env=os.environ
+            | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "8", "SLURM_JOB_NODELIST": "a,b"}
+            | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        changes = [line for line in asked.read_text().splitlines() if "update" in line or "requeue" in line]
+        return done.returncode, done.stderr, changes
+
+    (tmp_path / "run").mkdir()
+    call.run = tmp_path / "run"
+    return call
+
+
+def test_a_finished_run_is_marked_and_not_started_again(chain):
+    assert chain(0, saves=True)[::2] == (0, [])
+    assert (chain.run / "DONE").read_text() == "job 7_0 reached the last step, 5\n"
+    called = (chain.run / "called").read_text()
+    assert called.startswith(f"--config {CONFIG} --resume auto model.backbone=rwkv7")
+    (chain.run / "called").unlink()
+    status, said, _ = chain(1)
+    assert status == 0
+    assert "job 7_0 reached the last step, 5; nothing is left to do" in said
+    assert not (chain.run / "called").exists()
+
+
+def test_a_stopped_run_is_not_started(chain):
+    (chain.run / "STOP").write_text("the disk is being moved")
+    status, said, _ = chain(0)
+    assert status == 3
+    assert "STOP is there: the disk is being moved" in said
+    assert not (chain.run / "called").exists()
+
+
+def test_the_next_job_of_the_array_goes_on_or_this_one_once_more(chain):
+    assert chain(75, saves=True)[::2] == (75, [])
+    assert chain(75, waiting="")[::2] == (75, ["scontrol requeue 7_0"])
+
+
+def test_three_attempts_without_a_checkpoint_stop_the_chain(chain):
+    for _ in range(2):
+        assert chain(1, waiting="")[::2] == (1, ["scontrol requeue 7_0"])
+    status, _, asked = chain(1, waiting="")
+    assert (status, asked) == (1, [])
+    assert "3 attempts in a row made no new checkpoint" in (chain.run / "STOP").read_text()
+    assert chain(0)[0] == 3
+
+
+def test_jobs_are_kept_off_a_node_that_failed_twice(chain):
+    for name in ("6_0", "6_1"):
+        Chain(chain.run).begin(name, ["a", "b"])
+        Chain(chain.run).end(name, Outcome(1, {"b": "x"}), False)
+    status, said, asked = chain(0)
+    assert (status, asked) == (3, ["scontrol update JobId=7_1,7_2 ExcNodeList=z,b"])
+    assert "b failed before" in said
+    # Nobody else is there to go on: better on that node than not at all.
+    assert chain(75, saves=True, waiting="")[::2] == (
+        75,
+        ["scontrol requeue 7_0", "scontrol update JobId=7_0 ExcNodeList=z,b"],
+    )
+
+
+def test_outside_of_a_job_it_says_how_to_get_one(tmp_path):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "launcher.cli", "chain", "--config", CONFIG),
+            *runs.overrides(tmp_path, tmp_path),
+            *("--command", "true"),
+        ],
+        cwd=runs.REPOSITORY,
+        env=plain,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "sbatch slurm/pretrain.sbatch" in done.stderr
+
+
+@pytest.fixture
+def node(tmp_path):
+    """Run a program as the ranks of a node -> (status, the node's record, standard error)."""
+
+    def call(program, **environment):
+        (tmp_path / "program.py").write_text(program)
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.node", str(tmp_path / "program.py")],
+            cwd=runs.REPOSITORY,
+            env=plain | {"DLM_LOG_DIR": str(tmp_path / "logs"), "SLURMD_NODENAME": "a", **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, json.loads((tmp_path / "logs" / "node-a.json").read_text()), done
+
+    call.logs = tmp_path / "logs"
+    return call
+
+
+def test_every_rank_knows_its_place_and_has_a_log(node):
+    program = "import os; print(*(os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')))"
+    status, record, done = node(
+        program, RANKS_PER_NODE="2", SLURM_NODEID="1", SLURM_STEP_NUM_NODES="3", WANDB_API_KEY="secret"
+    )
+    assert status == 0, done.stderr
+    assert (node.logs / "rank-00002.a.log").read_text() == "2 0 6\n"
+    assert (node.logs / "rank-00003.a.log").read_text() == "3 1 6\n"
+    assert record["ranks"] == {"2": 0, "3": 0}
+    assert record["environment"]["RANKS_PER_NODE"] == "2"
+    assert "secret" not in json.dumps(record)
+    assert done.stdout == ""
+
+
+def test_rank_0_is_heard_on_the_console_too(node):
+    status, _, done = node("print('step 1')")
+    assert status == 0
+    assert done.stdout == (node.logs / "rank-00000.a.log").read_text() == "step 1\n"
+
+
+def test_the_first_rank_that_fails_is_told_and_the_others_are_ended(node):
+    program = "import os, time; os.environ['RANK'] == '1' and (print('no such device'), exit(9)); time.sleep(1000)"
+    status, record, done = node(program, RANKS_PER_NODE="2", CPU_BIND="none")
+    assert status == 9
+    assert record["status"] == 9
+    assert record["told"] == "no such device"
+    assert record["ranks"] == {"0": 137, "1": 9}
+    assert "node a: rank 1 ended with status 9" in done.stderr
+
+
+def fake_cpu(system: Path, cpu: int, numa: int, first_sibling: int) -> None:
+    folder = system / "cpu" / f"cpu{cpu}"
+    (folder / f"node{numa}").mkdir(parents=True)
+    (folder / "topology").mkdir()
+    (folder / "topology" / "thread_siblings_list").write_text(f"{first_sibling},{first_sibling + 4}\n")
+
+
+def test_ranks_get_whole_cores_of_one_numa_node(tmp_path):
+    for cpu in range(8):  # four cores of two threads; cores 0, 2 belong to the first socket
+        fake_cpu(tmp_path, cpu, cpu % 2, cpu % 4)
+    cores = cores_by_place(set(range(8)), tmp_path)
+    assert cores == [[0, 4], [2, 6], [1, 5], [3, 7]]
+    assert shares(cores, 2) == [{0, 4, 2, 6}, {1, 5, 3, 7}]
+    assert shares(cores, 3) == [{0, 4}, {2, 6}, {1, 5, 3, 7}]
+    assert shares(cores, 5) is None
+    assert cores_by_place({1, 6}, tmp_path) == [[6], [1]]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("n1", "n1"), ("gpu[03-05,7],login1", "gpu03"), ("gpu-a[7,9]", "gpu-a7"), ("b,a", "b")]
+)
+def test_the_first_host_of_a_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_ports_are_those_of_the_script():
+    assert rendezvous_port(20123) == 10123
+    assert "MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))" in Path(runs.REPOSITORY, "slurm/pretrain.sbatch").read_text()
+
+
+def test_a_task_of_srun_is_a_rank():
+    task = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+    task |= {"SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "n[1-2]"}
+    adopted = task | {"SLURM_STEP_ID": "0"}
+    adopt_srun_task(adopted)
+    assert (adopted["RANK"], adopted["WORLD_SIZE"]) == ("5", "8")
+    assert (adopted["LOCAL_RANK"], adopted["LOCAL_WORLD_SIZE"]) == ("1", "4")
+    assert (adopted["MASTER_ADDR"], adopted["MASTER_PORT"]) == ("n1", "10003")
+    for other in (task, task | {"SLURM_STEP_ID": "0", "RANK": "0"}, task | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1"}):
+        before = dict(other)
+        adopt_srun_task(other)
+        assert other == before
