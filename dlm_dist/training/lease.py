@@ -10,6 +10,7 @@ its heart beats (the file's modification time) at least every EXPIRY_SECONDS, by
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -146,7 +147,9 @@ class Lease:
         self._ended.set()
         self._thread.join()
         if self.lost is None and self._newest() == self._path:
-            _write_over(self._path, replace(self._owner, released=True))
+            # Where the disk is full, the end of the process releases it as well; what the run died of must be told.
+            with contextlib.suppress(OSError):
+                _write_over(self._path, replace(self._owner, released=True))
 
     def _take(self, tell: Callable[[str], None]) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -156,12 +159,17 @@ class Lease:
                 self._refuse_if_alive(newest, tell)
             path = self._folder / str(_number(newest) + 1)
             try:
-                with open(path, "x", encoding="utf-8") as file:
+                file = open(path, "x", encoding="utf-8")  # noqa: SIM115
+            except FileExistsError:
+                continue
+            try:
+                with file:
                     json.dump(asdict(self._owner), file)
                     file.flush()
                     os.fsync(file.fileno())
-            except FileExistsError:
-                continue
+            except OSError:
+                os.utime(path, (0, 0))  # no heart: an owner whom nobody can read would else be waited for
+                raise
             if self._newest() != path:
                 # Others have come and gone since we looked.
                 path.unlink()

@@ -231,3 +231,23 @@ def test_the_heart_notices_it_alone(tmp_path, take):
     foreign(tmp_path)
     owner._thread.join(30)
     assert "taken over" in owner.lost
+
+
+def test_a_full_disk_leaves_no_lease_to_wait_for(tmp_path, take, monkeypatch):
+    """Neither one that could not be written, nor one that could not be marked as released."""
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dlm_dist.training.lease.os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            take()
+    beat = (tmp_path / ".lease" / "1").stat().st_mtime
+    (tmp_path / ".lease" / "1").write_text("")  # what a full disk leaves of it
+    os.utime(tmp_path / ".lease" / "1", (beat, beat))
+    lease = take(expiry=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("dlm_dist.training.lease._write_over", full)
+        lease.release()
+    assert take.told == []
