@@ -22,7 +22,7 @@ from dlm_dist.training.checkpoint_files import (
     MANIFEST,
     CheckpointError,
     find_damage,
-    list_checkpoints,
+    list_candidates,
 )
 from dlm_dist.training.durable_files import file_sha256
 from dlm_dist.training.elastic import SavedShards
@@ -96,7 +96,7 @@ def find_resumable(folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
     `wanted` is "auto" (the newest that verifies; None if there is no checkpoint at all) or the path of one,
     which must verify. Rank 0 says which ones there are, and all ranks must see them alike. Raises CheckpointError.
     """
-    candidates: list[Any] = [list_checkpoints(folder) if wanted == "auto" else [Path(wanted)]]
+    candidates: list[Any] = [list_candidates(folder) if wanted == "auto" else [Path(wanted)]]
     dist.broadcast_object_list(candidates, src=0)
     passed_over: list[str] = []
     for path in reversed(candidates[0]):

@@ -48,6 +48,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for path in step_folders(folder) if (path / MANIFEST).is_file()]
 
 
+def list_candidates(folder: Path) -> list[Path]:
+    """Where a resume may look below `folder` (RUN/checkpoints), oldest first: what is published, or was.
+
+    A folder newer than every published one that has no manifest was damaged by something else: a save brings its
+    manifest along, and a deletion begins at the oldest.
+    """
+    newest = max((step_of(path) or 0 for path in list_checkpoints(folder)), default=-1)
+    return [path for path in step_folders(folder) if (path / MANIFEST).is_file() or (step_of(path) or 0) > newest]
+
+
 def load_trainer_state(path: Path) -> dict[str, Any]:
     """trainer_state.json of a verified checkpoint."""
     state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_bytes())

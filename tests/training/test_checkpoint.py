@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -31,8 +32,6 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def copy(saved, tmp_path):
-    import shutil
-
     return shutil.copytree(saved, tmp_path / "checkpoints" / saved.name)
 
 
@@ -159,8 +158,24 @@ def test_any_damage_is_found_and_named(copy, name, damage):
 def test_a_checkpoint_without_manifest_does_not_exist(copy):
     (copy / "manifest.json").unlink()
     assert checkpoint_files.list_checkpoints(copy.parent) == []
-    assert checkpoint.find_resumable(copy.parent, "auto") == (None, [])
     assert "manifest.json" in checkpoint_files.verify(copy)[0]
+
+
+def test_a_manifest_that_was_lost_is_told_unless_a_deletion_took_it(saved, tmp_path):
+    """Saves bring their manifest along and deletions begin at the oldest: a newest one without is damaged."""
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        shutil.copytree(saved, folder / f"step-{step}")
+    (folder / "step-2" / "manifest.json").unlink()
+    assert checkpoint.find_resumable(folder, "auto") == (folder / "step-6", [])
+    (folder / "step-6" / "manifest.json").unlink()
+    path, passed_over = checkpoint.find_resumable(folder, "auto")
+    assert path == folder / "step-4"
+    assert len(passed_over) == 1
+    assert "step-6/manifest.json is missing" in passed_over[0]
+    (folder / "step-4" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies \(.*step-6/manifest.json is missing"):
+        checkpoint.find_resumable(folder, "auto")
 
 
 @pytest.mark.parametrize("at", [0, 0.1, 0.3, 0.5, 0.7, 0.9, 1])
@@ -240,8 +255,6 @@ def test_commands_read_a_checkpoint_only_if_it_is_whole(copy, place):
 
 
 def test_auto_falls_back_to_the_newest_that_verifies(saved, tmp_path):
-    import shutil
-
     folder = tmp_path / "checkpoints"
     for step in (2, 10, 9):
         shutil.copytree(saved, folder / f"step-{step}")
@@ -257,8 +270,6 @@ def test_auto_falls_back_to_the_newest_that_verifies(saved, tmp_path):
 
 
 def test_retention_keeps_the_newest_and_sweeps_what_kills_left(saved, tmp_path):
-    import shutil
-
     folder = tmp_path / "checkpoints"
     for step in (2, 4, 10):
         shutil.copytree(saved, folder / f"step-{step}")
@@ -270,8 +281,6 @@ def test_retention_keeps_the_newest_and_sweeps_what_kills_left(saved, tmp_path):
 
 
 def test_retention_keeps_every_so_many_steps(saved, tmp_path):
-    import shutil
-
     folder = tmp_path / "checkpoints"
     for step in (50, 100, 150, 200, 250, 300):
         shutil.copytree(saved, folder / f"step-{step}")
@@ -287,8 +296,6 @@ def test_retention_keeps_every_so_many_steps(saved, tmp_path):
 
 
 def test_retention_never_deletes_the_last_good_one(saved, tmp_path):
-    import shutil
-
     folder = tmp_path / "checkpoints"
     for step in (2, 4):
         shutil.copytree(saved, folder / f"step-{step}")
@@ -299,8 +306,6 @@ def test_retention_never_deletes_the_last_good_one(saved, tmp_path):
 
 
 def test_setting_aside_keeps_what_it_moves_and_never_overwrites(saved, tmp_path):
-    import shutil
-
     folder = tmp_path / "checkpoints"
     for _ in range(2):
         for step in (2, 4, 10):
