@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 # Programs that are started by name (deepspeed, dlm) come from the environment.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help install demo test test-resume test-gpu test-slurm check clean
+.PHONY: help install demo test test-resume test-faults test-gpu test-slurm check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo 'make demo         the main job on real text, on this machine (a few minutes)'
 	@echo 'make test         all tests that need no GPU'
 	@echo 'make test-resume  the whole resume matrix and the other long tests of several ranks (about half an hour)'
+	@echo 'make test-faults  the fault campaign: 204 kills, full disks, damaged files (half an hour to an hour); ends with a report'
 	@echo 'make test-gpu     the tests that need a CUDA device'
 	@echo 'make test-slurm   runs on a SLURM cluster of two nodes that it brings up here; needs root and, on Debian and Ubuntu,'
 	@echo '                  apt install slurm-wlm munge iproute2'
@@ -47,6 +48,9 @@ test: install
 
 test-resume: install
 	$(RUN) python -m pytest -m 'not gpu' tests/distributed $(PYTEST_ARGS)
+
+test-faults: install
+	$(RUN) python -m pytest -m faults tests/faults $(PYTEST_ARGS)
 
 test-gpu: install
 	$(RUN) python -m pytest -m gpu $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -148,11 +149,18 @@ class JsonLines:
         self._file: Any = None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object, as `json_line` has it."""
+        """Append one object, as `json_line` has it. Raises OSError that names the file."""
         if self._file is None:
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - for as long as the run lasts
-        self._file.write(json_line(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json_line(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # It would try to write the rest when it is closed.
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):
+                file.close()
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def rewind(self, step: int) -> int:
         """Keep the lines of steps below `step`; others, of a run that was cut short, move to NAME.replaced.jsonl.

@@ -172,3 +172,14 @@ def test_scalars_are_the_finite_numbers_by_name():
         "exact": 0.0,
         "loss_by_time/0.1-0.2": 1.5,
     }
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    path = Path("/dev/full")
+    if not path.exists():
+        pytest.skip("no /dev/full here")
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    file.path.symlink_to(path)
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics.jsonl"):
+        file.write({"step": 1})
+    file.close()
