@@ -132,6 +132,11 @@ class TrainSection(Section):
     gradient_clipping: Annotated[float, Field(ge=0.0)] = Field(
         default=1.0, description="largest global L2 norm of the gradient; 0 = no clipping"
     )
+    ema_half_life: Positive | None = Field(
+        default=None,
+        description="keep an exponential moving average of the weights, in which those of so many samples ago count "
+        "half (samples); `dlm checkpoint export --weights ema` writes it; null = none",
+    )
     eval_every: Positive | None = Field(
         default=None,
         description="steps between evaluations on data.validation; null = only at the end, if it is given",
@@ -349,6 +354,8 @@ _OTHER_NAMES = {
     "epochs": "train.max_epochs",
     "grad_clip": "train.gradient_clipping",
     "max_grad_norm": "train.gradient_clipping",
+    "ema_decay": "train.ema_half_life",
+    "ema": "train.ema_half_life",
     "seq_len": "data.sequence_length",
     "ctx_len": "data.sequence_length",
     "n_layer": "model.num_hidden_layers",

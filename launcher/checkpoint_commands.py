@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint_tensor_commands import add_diff_and_export
+from launcher.checkpoint_diff_command import add_diff_command
+from launcher.checkpoint_model_commands import add_model_commands
 
 # Reading as much as this takes seconds: worth a progress bar.
 _LARGE_BYTES = 2**30
@@ -37,7 +38,7 @@ class Entry:
 
 def add_checkpoint_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `dlm checkpoint` with its sub-commands."""
-    checkpoint = subparsers.add_parser("checkpoint", help="list, verify, compare and export checkpoints")
+    checkpoint = subparsers.add_parser("checkpoint", help="list, verify, compare, export and average checkpoints")
     commands = checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True)
     listing = commands.add_parser(
         "list",
@@ -57,7 +58,8 @@ def add_checkpoint_commands(subparsers: argparse._SubParsersAction[argparse.Argu
     verify.set_defaults(run=run_verify)
     for command in (listing, verify):
         command.add_argument("--json", action="store_true", help="print one JSON object")
-    add_diff_and_export(commands)
+    add_diff_command(commands)
+    add_model_commands(commands)
 
 
 def run_list(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.trained_as import OBJECTIVES, block_length, objective_of, shifted, trained_identity
+from launcher.trained_as import (
+    OBJECTIVES,
+    add_weights_option,
+    block_length,
+    load_weights,
+    objective_of,
+    require_weights,
+    shifted,
+    trained_identity,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +53,7 @@ def add_evaluate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
     )
     add("--tokenizer", metavar="NAME|PATH", help="tokenizer of token files, as in `dlm data build`")
     add("--sequence-length", type=_positive, metavar="N", help="tokens per row of token files")
+    add_weights_option(parser)
     add("--rows", type=_positive, metavar="N", help="only the first N rows (default: all)")
     add("--objective", choices=OBJECTIVES, help="how the rows are scored (default: as the checkpoint was trained)")
     add(
@@ -77,10 +87,8 @@ def _positive(text: str) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Print the bound. Returns 0; raises ValueError for the user's mistakes. Collective where RANK is set."""
-    from dlm_dist.training.checkpoint_files import require_whole
-
     source, train = _open_both(arguments)
-    require_whole(arguments.checkpoint)
+    require_weights(arguments.checkpoint, arguments.weights)
     compared = _require_same_tokens(arguments.checkpoint, source)
     if train is not None and train.tokenizer_description["fingerprint"] != source.tokenizer_description["fingerprint"]:
         raise ValueError(f"{train.path} and {source.path} were built with different tokenizers")
@@ -89,14 +97,13 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from data_pipeline.progress import progress
-    from dlm_dist import models
     from dlm_dist.evaluation.bound import evaluate_bound, unigram_nats_per_token
 
     with _joined(arguments.device) as (device, rank, world):
         if rank or not sys.stderr.isatty():
             transformers_logging.disable_progress_bar()
         dtype = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
-        model: Any = models.load(arguments.checkpoint, dtype)
+        model = load_weights(arguments.checkpoint, arguments.weights, dtype)
         objective = objective_of(arguments.checkpoint, model.direction, arguments.objective, tell=rank == 0)
         if objective == "ar" and arguments.draws > 1:
             raise ValueError(f"--draws is {arguments.draws}: the objective ar has nothing to draw, leave it out")
@@ -134,6 +141,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         return 0
     report = {
         "checkpoint": str(arguments.checkpoint),
+        "weights": arguments.weights,
         "data": str(source.path),
         "objective": objective,
         **bound.record(),
@@ -158,7 +166,7 @@ def _told(report: dict[str, Any], train: Source | None) -> str:
     drawn = "" if exact else f", {report['draws']} {'draw' if report['draws'] == 1 else 'draws'} each"
     lines = [
         f"{report['checkpoint']} on {report['rows']} rows of {report['sequence_length']} tokens of {report['data']}"
-        f"{drawn}, {report['dtype']}",
+        f"{drawn}, {report['dtype']}" + ("" if report["weights"] == "trained" else f" ({report['weights']})"),
         f"  {name:<14} {bound:.4f}" + (f" +- {error:.4f}" if error is not None else "") + " nats per token",
     ]
     if report["bits_per_byte"] is not None:

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.trained_as import block_length, objective_of, shifted, trained_identity
+from launcher.trained_as import (
+    add_weights_option,
+    block_length,
+    load_weights,
+    objective_of,
+    require_weights,
+    shifted,
+    trained_identity,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +48,7 @@ def add_generate_command(subparsers: argparse._SubParsersAction[argparse.Argumen
         "with --block-length several tokens at once. The text goes to standard output.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint: RUN/checkpoints/step-N")
+    add_weights_option(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="what to continue or to fill; may be empty")
     prompt.add_argument("--prompt-file", metavar="FILE", type=Path, help="the same from a UTF-8 file, - for stdin")
@@ -86,13 +95,11 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     from data_pipeline.tokenizer_base import Tokenizer
     from dlm_dist.generation.samplers import until_the_end
-    from dlm_dist.models import load
-    from dlm_dist.training.checkpoint_files import require_whole
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
-    require_whole(folder)
-    model: Any = load(folder)
+    require_weights(folder, arguments.weights)
+    model = load_weights(folder, arguments.weights)
     model.to(torch.device(device))
     tokenizer = Tokenizer.load(_tokenizer_folder(folder))
     objective = objective_of(folder, model.direction, None)

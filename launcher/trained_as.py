@@ -2,25 +2,70 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 OBJECTIVES = ("mdlm", "block", "ar")
 
 
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """Add --weights, for `load_weights`."""
+    parser.add_argument(
+        "--weights",
+        choices=("trained", "master", "ema"),
+        default="trained",
+        help="of a checkpoint: as the forward pass had them (default), the fp32 masters, or their EMA",
+    )
+
+
+def load_weights(checkpoint: Path, weights: str, dtype: torch.dtype | None = None) -> Any:
+    """The model of a checkpoint with the weights that --weights names, in `dtype` (None: as stored).
+
+    Behind `require_weights`. Raises ValueError where there is no model, or no such weights.
+    """
+    from dlm_dist import models
+    from dlm_dist.training.checkpoint_contents import Contents
+    from dlm_dist.training.model_files import put_weights
+
+    model = models.load(checkpoint, dtype)
+    if weights != "trained":
+        put_weights(model, Contents(checkpoint), weights)
+    return model
+
+
+def require_weights(checkpoint: Path, weights: str) -> None:
+    """Raise ValueError where `checkpoint` is damaged, or holds nothing but weights as trained and others are wanted."""
+    from dlm_dist.training.checkpoint_files import MANIFEST, TRAINER_STATE, require_whole
+
+    if weights == "trained":
+        require_whole(checkpoint)
+    elif not (checkpoint / MANIFEST).is_file():
+        raise ValueError(f"--weights {weights} is for a checkpoint (RUN/checkpoints/step-N), and {checkpoint} is none")
+    else:
+        require_whole(checkpoint, ("model/", "tokenizer/", "tensors/", TRAINER_STATE))
+
+
 def trained_identity(checkpoint: Path) -> dict[str, Any]:
-    """The run that wrote `checkpoint` (or the model/ folder of one), by configuration key; empty if nothing says it."""
+    """The run behind `checkpoint` (or its model/ folder, or an exported one), by configuration key; {} if unknown."""
     identity: dict[str, Any] = _trainer_state(checkpoint).get("identity", {})
     return identity
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
-    from dlm_dist.training.checkpoint_files import TRAINER_STATE, load_trainer_state
+    from dlm_dist.training.checkpoint_files import ORIGIN, TRAINER_STATE, load_trainer_state
 
     for folder in (checkpoint, checkpoint.parent):
         if (folder / TRAINER_STATE).is_file():
             return load_trainer_state(folder)
+    if (checkpoint / ORIGIN).is_file():
+        state: dict[str, Any] = json.loads((checkpoint / ORIGIN).read_bytes())["trainer_state"]
+        return state
     return {}
 
 

@@ -27,6 +27,7 @@ from dlm_dist.training.progress import Progress
 from dlm_dist.training.records import versions
 from dlm_dist.training.resume import Resume, leave_other_branches, topology
 from dlm_dist.training.sources import open_validation
+from dlm_dist.training.weight_average import WeightAverage
 
 EVALUATED_AS = {"ar": "ar", "card": "ar", "block": "block"}
 """The objective by which held-out rows are scored, where it is not masked diffusion."""
@@ -68,6 +69,7 @@ class Callbacks:
     identity: dict[str, Any]
     writer: CheckpointWriter
     log: MetricsLog | None
+    average: WeightAverage | None
 
     def evaluate(self, progress: Progress) -> None:
         """Bound (`ar`, `card`: exact likelihood) on the held-out rows, and objective.clip_search where that is on."""
@@ -167,7 +169,8 @@ class Callbacks:
         self.writer.finish()
         files = self.source.tokenizer_files()
         buffers = self.writer.buffers if asynchronous else None
-        snapshot = take_snapshot(self.engine, progress.step, self._trainer_state(progress), files, buffers)
+        state = self._trainer_state(progress)
+        snapshot = take_snapshot(self.engine, progress.step, state, files, buffers, self.average)
         self.writer.start(snapshot)
         if not asynchronous:
             self.writer.finish()
@@ -178,7 +181,7 @@ class Callbacks:
         run_dir = self.config.run.dir
         path, passed_over = checkpoint.find_resumable(run_dir / "checkpoints", "auto")
         assert path is not None, "a run that may roll back saves its start"
-        checkpoint.put_back(self.engine, path)
+        checkpoint.put_back(self.engine, path, self.average)
         state = load_trainer_state(path)
         notes = [*passed_over, *leave_other_branches(run_dir, Resume(path, state))]
         if self.log is not None:
@@ -198,6 +201,7 @@ class Callbacks:
             "fingerprints": [source.fingerprint for source in self.stream.sources],
             "topology": topology(self.config),
             "optimizer": self.config.optimizer.name,
+            "ema_half_life": self.config.train.ema_half_life,
             "identity": self.identity,
             "versions": versions(),
             "wandb_id": self.log.wandb_id if self.log is not None else None,

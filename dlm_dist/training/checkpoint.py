@@ -26,6 +26,7 @@ from dlm_dist.training.checkpoint_files import (
 )
 from dlm_dist.training.durable_files import file_sha256
 from dlm_dist.training.elastic import SavedShards
+from dlm_dist.training.weight_average import WeightAverage
 
 
 def on_rank_0(action: Callable[[], None], what: str) -> None:
@@ -117,14 +118,18 @@ def find_resumable(folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
 # --- loading ---------------------------------------------------------------------------------------------------
 
 
-def put_back(engine: Any, path: Path) -> None:
+def put_back(engine: Any, path: Path, average: WeightAverage | None = None) -> None:
     """Make an engine that has trained on stand where the verified checkpoint `path` of its own layout was written.
+
+    So does the `average` of its weights.
 
     Collective: every rank must call.
     """
     _put_back_weights(engine, path)
     zero_state.clear_optimizer_state(engine)
     load_shards(engine, path)
+    if average is not None:
+        average.load(path)
 
 
 @torch.no_grad()
@@ -175,7 +180,7 @@ def load_shards(engine: Any, path: Path) -> Loaded:
             state = {name: saved.whole(before, name) for name in before.tensors} | dict(before.numbers)
         else:
             runs = saved.runs(shard.pieces)
-            saved.copy_master(runs, shard.flat)
+            saved.copy_weights(runs, "master", shard.flat)
             state = saved.state(runs, shard.master)
             converted += 1
         if state and shard.pieces:

@@ -5,14 +5,17 @@ For looking at checkpoints and exporting them: what a run loads goes from shard 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from dlm_dist.training.checkpoint_files import CheckpointError
 from dlm_dist.training.elastic import SavedShard, SavedShards
 from dlm_dist.training.zero_state import Piece
 
@@ -26,7 +29,7 @@ class Difference:
 
     parameter: str
     what: str
-    """`weight` (the dtype of training), `master`, or the name of an optimizer state (8-bit ones by their values)."""
+    """`weight` (the dtype of training), `master`, `ema`, or an optimizer state's name (8-bit ones by their values)."""
     largest: float | None
     """Largest absolute difference; None where only one has it, or the shapes differ."""
 
@@ -36,6 +39,7 @@ class Contents:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config: dict[str, Any] = json.loads((path / "model" / "config.json").read_bytes())
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for file in sorted((path / "model").glob("*.safetensors")):
@@ -45,14 +49,21 @@ class Contents:
                     self._files[name] = file
         self._shards = SavedShards(path, {name: math.prod(shape) for name, shape in self.shapes.items()})
 
-    def master(self, name: str) -> torch.Tensor:
-        """The fp32 master of a parameter, in its shape."""
-        return torch.cat(list(self._windows(name, "master"))).view(self.shapes[name])
+    def require(self, what: str) -> None:
+        """Raise CheckpointError where there is no `what`, "weight", "master" or "ema", of the parameters."""
+        if what == "ema" and not self._shards.has_ema:
+            raise CheckpointError(f"{self.path} holds no EMA: its run had no train.ema_half_life")
+
+    def read(self, name: str, what: str) -> torch.Tensor:
+        """A parameter's weight, master or average, whole, as fp32 in its shape."""
+        return torch.cat(list(self.windows(name, what))).view(self.shapes[name])
 
     def tensors(self, name: str) -> list[str]:
         """What there is of a parameter, for `windows`."""
-        states = self._holder(name).tensors
-        return ["weight", "master", *(state for state in states if not state.startswith(("absmax", "qmap")))]
+        holder = self._holder(name)
+        states = holder.tensors
+        averages = ["ema"] if holder.ema else []
+        return ["weight", "master", *averages, *(state for state in states if not state.startswith(("absmax", "qmap")))]
 
     def windows(self, name: str, what: str) -> Iterator[torch.Tensor]:
         """The elements of a parameter's weight, master or state as fp32, in order, a window at a time."""

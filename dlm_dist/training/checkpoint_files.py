@@ -18,6 +18,8 @@ from dlm_dist.training.durable_files import files_sha256, fsync_folder, write_fi
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
+ORIGIN = "origin.json"
+"""In an exported model's folder: what its weights are, and the state of training that they come from."""
 _READ_BY_NAME = ("model", "tokenizer", "tensors")
 _INDEX = ".safetensors.index.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -244,3 +246,9 @@ def require_whole(path: Path, only: tuple[str, ...] = ("model/", "tokenizer/", T
             if problems := verify(folder, only=only):
                 raise CheckpointError(f"{folder} is damaged: {problems[0]}")
             return
+
+
+def require_checkpoint(path: Path) -> None:
+    """Raise CheckpointError where `path` is no checkpoint, or not to the last byte as it was written."""
+    if problems := verify(path):
+        raise CheckpointError(f"{path} is no whole checkpoint: {problems[0]}")

@@ -7,7 +7,8 @@ memory, so a resume on the same layout puts the same bytes back.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from dlm_dist.training import zero_state
 from dlm_dist.training.checkpoint_files import TRAINER_STATE
+from dlm_dist.training.weight_average import WeightAverage
 
 MODEL_FILE_BYTES = 2 * 2**30
 _SAFETENSORS_DTYPES = {
@@ -70,15 +72,16 @@ def take_snapshot(
     trainer_state: Mapping[str, Any],
     tokenizer_files: Mapping[str, bytes],
     buffers: HostBuffers | None = None,
+    average: WeightAverage | None = None,
 ) -> Snapshot:
-    """What this rank writes of the state as it is now. Collective: every rank must call.
+    """What this rank writes of the state as it is now, with the `average` if there is one. Collective.
 
     With `buffers` everything is copied there, so training may go on before it is written. Without, tensors that are
     in host memory already are referred to as they are: nothing may change until they are written.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     snapshot = Snapshot(step)
-    _add_shards(snapshot, engine, rank, world, buffers)
+    _add_shards(snapshot, engine, rank, buffers, average)
     _add_model(snapshot, engine, rank, world, buffers)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -90,20 +93,22 @@ def take_snapshot(
     return snapshot
 
 
-def _add_shards(snapshot: Snapshot, engine: Any, rank: int, world: int, buffers: HostBuffers | None) -> None:
-    """Masters and optimizer states; a replicated shard is written by one rank."""
+def _add_shards(
+    snapshot: Snapshot, engine: Any, rank: int, buffers: HostBuffers | None, average: WeightAverage | None
+) -> None:
+    """Masters, their average and optimizer states; a replicated shard is written by one rank."""
     tensors: dict[str, torch.Tensor] = {}
     index = []
-    for number, shard in enumerate(zero_state.shards(engine)):
-        if shard.replicated and number % world != rank:
-            continue
+    for shard in zero_state.own_shards(engine):
         state = zero_state.optimizer_state(engine, shard)
         numbers = {name: value for name, value in state.items() if not torch.is_tensor(value)}
         names = [name for name in state if name not in numbers]
-        for name, tensor in [("master", shard.flat), *((name, state[name]) for name in names)]:
+        weights = {"master": shard.flat} | ({"ema": average.of(shard)} if average is not None else {})
+        for name, tensor in [*weights.items(), *((name, state[name]) for name in names)]:
             tensors[f"{shard.key}/{name}"] = _on_host(f"{shard.key}/{name}", tensor, buffers)
         pieces = [[p.name, p.start, p.offset, p.numel] for p in shard.pieces]
-        index.append({"key": shard.key, "pieces": pieces, "tensors": names, "numbers": numbers})
+        entry = {"key": shard.key, "pieces": pieces, "tensors": names, "numbers": numbers}
+        index.append(entry | {"ema": average is not None})
     snapshot.tensors[f"tensors/rank-{rank:05d}.safetensors"] = tensors
     snapshot.files[f"tensors/rank-{rank:05d}.json"] = json.dumps(index).encode()
 
@@ -134,8 +139,7 @@ def _add_model(snapshot: Snapshot, engine: Any, rank: int, world: int, buffers: 
         snapshot.files["model/config.json"] = model.config.to_json_string(use_diff=False).encode()
         if len(plan) > 1:
             total = sum(_full_bytes(p) for _, p in parameters)
-            index = {"metadata": {"total_size": total}, "weight_map": file_of}
-            snapshot.files["model/model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
+            snapshot.files["model/model.safetensors.index.json"] = model_index(plan, total)
 
 
 def plan_model_files(sizes: Iterable[tuple[str, int]]) -> dict[str, list[str]]:
@@ -153,6 +157,12 @@ def plan_model_files(sizes: Iterable[tuple[str, int]]) -> dict[str, list[str]]:
     return {f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors": names for i, names in enumerate(bins)}
 
 
+def model_index(plan: Mapping[str, Sequence[str]], size: int) -> bytes:
+    """model.safetensors.index.json of a model of `size` bytes in several files {file name: names of parameters}."""
+    file_of = {name: file for file, names in plan.items() for name in names}
+    return json.dumps({"metadata": {"total_size": size}, "weight_map": file_of}, indent=2).encode()
+
+
 def _full_bytes(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
@@ -163,17 +173,19 @@ def _on_host(key: str, tensor: torch.Tensor, buffers: HostBuffers | None) -> tor
 
 def safetensors_buffers(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
     """The buffers of a safetensors file of host tensors: its header, then their bytes in the same order."""
+    header = safetensors_header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    raw = (t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in tensors.values() if t.numel())
+    return [memoryview(header), *raw]
+
+
+def safetensors_header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+    """How a safetensors file begins that holds tensors of these dtypes and shapes, one behind another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    raw = (t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in tensors.values() if t.numel())
-    return [memoryview(len(text).to_bytes(8, "little") + text), *raw]
+    return len(text).to_bytes(8, "little") + text

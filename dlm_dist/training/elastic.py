@@ -40,6 +40,8 @@ class SavedShard:
     tensors: tuple[str, ...]
     """Names of the optimizer's tensors; none before its first step."""
     numbers: Mapping[str, Any]
+    ema: bool
+    """Whether an average of the masters is saved beside them."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,12 @@ class SavedShards:
         for entry in json.loads(index.read_bytes()):
             pieces = tuple(Piece(*piece) for piece in entry["pieces"])
             shard = SavedShard(
-                index.with_suffix(".safetensors"), entry["key"], pieces, tuple(entry["tensors"]), entry["numbers"]
+                file=index.with_suffix(".safetensors"),
+                key=entry["key"],
+                pieces=pieces,
+                tensors=tuple(entry["tensors"]),
+                numbers=entry["numbers"],
+                ema=entry.get("ema", False),
             )
             self.by_key[shard.key] = shard
             for piece in pieces:
@@ -105,6 +112,14 @@ class SavedShards:
                     f"{self.path} does not fit the model: it holds {reached} elements of {name}, which has "
                     f"{sizes[name]}"
                 )
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether it holds an average of the masters. Raises CheckpointError where only some shards have one."""
+        found = {shard.ema for shard in self.by_key.values()}
+        if len(found) > 1:
+            raise CheckpointError(f"{self.path} is inconsistent: some of its shards have an EMA and some have none")
+        return found == {True}
 
     def runs(self, pieces: Sequence[Piece]) -> list[Run]:
         """Where the elements of `pieces` are, in the order of the shard."""
@@ -138,10 +153,10 @@ class SavedShards:
             return found.float()
         return dequantise(found, self._scale_of_each(run, number), self.whole(run.saved, f"qmap{number}").float())
 
-    def copy_master(self, runs: Sequence[Run], flat: torch.Tensor) -> None:
-        """Write the fp32 masters into `flat` [numel]; elements of no run stay as they are."""
+    def copy_weights(self, runs: Sequence[Run], name: str, flat: torch.Tensor) -> None:
+        """Write fp32 masters ("master") or their average ("ema") into `flat` [numel]; only the elements of `runs`."""
         for run in runs:
-            flat[run.to : run.to + run.numel].copy_(self._range(run.saved, "master", run.start, run.numel))
+            flat[run.to : run.to + run.numel].copy_(self._range(run.saved, name, run.start, run.numel))
 
     def state(self, runs: Sequence[Run], like: torch.Tensor) -> dict[str, Any]:
         """The optimizer's state of a shard whose master is `like`, on its device; {} where none was saved.

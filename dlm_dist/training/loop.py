@@ -27,6 +27,7 @@ from dlm_dist.training.progress import Progress
 from dlm_dist.training.step_figures import StepFigures, add_by_time
 from dlm_dist.training.step_record import loss_figures, place_figures, speed_figures
 from dlm_dist.training.stop_requests import StopRequest
+from dlm_dist.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Trainer:
     stop: StopRequest
     clock: PhaseClock
     figures: StepFigures
+    average: WeightAverage | None = None
 
     def run(self, progress: Progress) -> None:
         """Train from `progress` to the last step. Collective: every rank must call.
@@ -161,6 +163,9 @@ class Trainer:
         if batch.time_buckets is not None and verdict.refused is None:
             add_by_time(progress, verdict.nats_by_time, totals.tokens_by_time)
         self._advance(progress, totals, reason)
+        if self.average is not None and reason is None and spike is None:
+            with self.clock.during("optimizer"):
+                self.average.update(progress.data_pos, self.plan.global_batch_size)
         measured = self.figures.measured(progress, norm if reason is None else None, self.host_group)
         phases = self.clock.take()
         if self.log is not None:

@@ -194,6 +194,18 @@ def conversion_notes(resumed: Resume, topology: Mapping[str, Any], loaded: check
     ]
 
 
+def average_notes(resumed: Resume, half_life: int | None) -> list[str]:
+    """What becomes of the average of the weights where train.ema_half_life is not what it was."""
+    before, name = resumed.state.get("ema_half_life"), resumed.path.name
+    if before == half_life:
+        return []
+    if before is None:
+        return [f"train.ema_half_life is {half_life} and {name} has no EMA: it starts from the weights of {name}"]
+    if half_life is None:
+        return [f"the EMA of {name} is dropped, since train.ema_half_life is null"]
+    return [f"train.ema_half_life is {half_life}, and was {before} up to {name}: its EMA goes on"]
+
+
 def inexact_notes(resumed: Resume, topology: Mapping[str, Any]) -> list[str]:
     """Why the resumed run may differ in the last bits from the uninterrupted one, if it may."""
     saved = resumed.state["topology"]["torch_threads"]

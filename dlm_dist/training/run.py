@@ -31,6 +31,7 @@ from dlm_dist.training.rank_times import RankTimes
 from dlm_dist.training.records import StartRecord
 from dlm_dist.training.resume import (
     Resume,
+    average_notes,
     conversion_notes,
     find_resume,
     inexact_notes,
@@ -49,6 +50,7 @@ from dlm_dist.training.stop_requests import StopRequest
 from dlm_dist.training.switches import Switches
 from dlm_dist.training.update_figures import UpdateMeter
 from dlm_dist.training.watchdog import Watchdog
+from dlm_dist.training.weight_average import WeightAverage
 
 
 def train(config: RunConfig, device: torch.device, resume: str | None, command: Sequence[str]) -> None:
@@ -106,6 +108,11 @@ def _train(
             notes += found
         if progress.step >= max_steps:
             notes.append(f"nothing left to do: {resumed.path.name} is at or behind the last step, {max_steps}")
+    average = WeightAverage(engine, config.train.ema_half_life) if config.train.ema_half_life is not None else None
+    if resumed is not None:
+        notes += average_notes(resumed, config.train.ema_half_life)
+        if average is not None:
+            average.load(resumed.path)
     record = StartRecord(
         command=list(command),
         world_size=world,
@@ -139,7 +146,7 @@ def _train(
     guard = lease.require if lease is not None else None
     writer = CheckpointWriter(config.run.dir / "checkpoints", *kept, host_group, tell, guard)
     bare = objective.objective if isinstance(objective, WithMaskNoise) else objective
-    callbacks = Callbacks(config, engine, device, sources[0], bare, side, stream, identity, writer, log)
+    callbacks = Callbacks(config, engine, device, sources[0], bare, side, stream, identity, writer, log, average)
     guards = config.guards
     stop = StopRequest(config.train.max_hours, Switches(config.run.dir) if rank == 0 else None)
     clock = PhaseClock(device)
@@ -177,6 +184,7 @@ def _train(
             Pace(max_steps),
             lambda pos: dict(zip(source_names(config.data), stream.epochs(pos), strict=True)),
         ),
+        average=average,
     )
     finished = False
     try:

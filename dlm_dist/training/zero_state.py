@@ -90,6 +90,12 @@ def shards(engine: Any) -> list[Shard]:
     ]
 
 
+def own_shards(engine: Any) -> list[Shard]:
+    """The shards that are this rank's to write; one that all ranks hold belongs to one of them."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return [shard for number, shard in enumerate(shards(engine)) if not shard.replicated or number % world == rank]
+
+
 def _stage3_pieces(
     wrapper: DeepSpeedZeroOptimizer_Stage3, index: int, names: Mapping[int, str], rank: int
 ) -> Iterable[Piece]:

@@ -1,7 +1,8 @@
 """One rank of a world that trains, saves, loads and saves again: `python -m ... JOBS.json`.
 
 A job is {"settings": [...], "from": a checkpoint or null, "to": folder, "steps": n}: a tiny engine, loaded or new,
-which takes n steps and is saved; rank 0 leaves what `load_shards` said in `to`/report.json.
+which takes n steps and is saved with an average of its weights; rank 0 leaves what `load_shards` said in
+`to`/report.json.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def run(job: dict[str, Any]) -> None:
     from dlm_dist.training.checkpoint_writer import CheckpointWriter
     from dlm_dist.training.engine import build_engine
     from dlm_dist.training.starting_model import starting_model
+    from dlm_dist.training.weight_average import WeightAverage
 
     sizes = ["model.vocab_size=64", "model.head_dim=16", "model.intermediate_size=64"]
     config = tiny_config(*sizes, "train.global_batch_size=8", "train.micro_batch_size=2", *job["settings"])
@@ -35,10 +37,15 @@ def run(job: dict[str, Any]) -> None:
     engine, _ = build_engine(start.model, config, plan, start.unrounded)
     engine.train()
     loaded = checkpoint.load_shards(engine, source) if source is not None else None
+    average = WeightAverage(engine, half_life=16)
+    if source is not None:
+        average.load(source)
     # Every rank reads the same rows, so the same steps mean the same gradients in every world.
-    run_steps(engine, 0, job["steps"], accumulation=plan.gradient_accumulation_steps)
+    for step in range(job["steps"]):
+        run_steps(engine, step, 1, accumulation=plan.gradient_accumulation_steps)
+        average.update(8 * (step + 1), 8)
     writer = CheckpointWriter(Path(job["to"]))
-    writer.start(take_snapshot(engine, 1, {"global_step": 1}, {}))
+    writer.start(take_snapshot(engine, 1, {"global_step": 1}, {}, average=average))
     writer.finish()
     writer.close()
     if dist.get_rank() == 0:

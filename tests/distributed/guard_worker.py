@@ -1,7 +1,7 @@
 """One rank of test_guards: a step that goes wrong on rank 1 alone, over every wrapper.
 
 Started as `python -m tests.distributed.guard_worker RANK WORLD FOLDER`. Each rank writes FOLDER/rank-R.pt: for each
-case the reasons of its steps and the masters and step counts at the end.
+case the reasons of its steps, and masters, their average and step counts at the end.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dlm_dist.training.starting_model import whole_parts
 from dlm_dist.training.step_figures import Pace, StepFigures
 from dlm_dist.training.stop_requests import StopRequest
 from dlm_dist.training.update_figures import UpdateMeter
+from dlm_dist.training.weight_average import WeightAverage
 from tests.training.conftest import micro_batch, tiny_config, tiny_model
 
 ACCUMULATION = 2
@@ -67,7 +68,9 @@ class Steps:
         return RankStep(batches, counts, digests, (number * 8, number * 8 + 8), by_time, None)
 
 
-def make_trainer(config: RunConfig, engine: Any, steps: Any, log: Log, tell: Any = None) -> Trainer:
+def make_trainer(
+    config: RunConfig, engine: Any, steps: Any, log: Log, tell: Any = None, average: WeightAverage | None = None
+) -> Trainer:
     """The loop over `engine`, which reads `steps` and records in `log`."""
     world = torch.distributed.get_world_size()
     return Trainer(
@@ -99,6 +102,7 @@ def make_trainer(config: RunConfig, engine: Any, steps: Any, log: Log, tell: Any
             Pace(100),
             lambda data_pos: {},
         ),
+        average=average,
     )
 
 
@@ -119,7 +123,9 @@ def run(stage: int, precision: str, kind: str, rank: int, world: int) -> dict[st
     engine, _ = build_engine(model, config, plan, whole_parts(model))
     numbers = [number for number in range(4) if not (kind == "left out" and number == BAD_STEP)]
     log = Log()
-    trainer = make_trainer(config, engine, Steps(numbers, kind, rank, world), log)
+    # So short that its decay no longer depends on how many steps there were.
+    average = WeightAverage(engine, half_life=1)
+    trainer = make_trainer(config, engine, Steps(numbers, kind, rank, world), log, average=average)
     engine.train()
     progress = Progress(losses=[4.0 + 0.01 * index for index in range(20)])
     for number in numbers:
@@ -134,6 +140,7 @@ def run(stage: int, precision: str, kind: str, rank: int, world: int) -> dict[st
         "reasons": [record["skip_reason"] for record in log.records],
         "progress": progress.as_state(),
         "masters": [shard.flat.clone() for shard in shards],
+        "averages": [average.of(shard) for shard in zero_state.own_shards(engine)],
         "steps": [int(zero_state.optimizer_state(engine, shard)["step"]) for shard in shards],
     }
     engine.destroy()

@@ -55,7 +55,7 @@ def work(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> None:
 
 
 def decoded(path: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Master and optimizer states of every parameter as whole fp32 vectors, whoever wrote them; also its step count."""
+    """Master, EMA and optimizer states of every parameter as whole fp32 vectors, whoever wrote them; step counts."""
     model = load_file(path / "model" / "model.safetensors")
     saved = SavedShards(path, {name: value.numel() for name, value in model.items()})
     found = {}
@@ -63,10 +63,12 @@ def decoded(path: Path) -> dict[tuple[str, str], torch.Tensor]:
         size = value.numel()
         master = torch.empty(size)
         runs_of = saved.runs([Piece(name, 0, 0, size)])
-        saved.copy_master(runs_of, master)
+        saved.copy_weights(runs_of, "master", master)
         found[name, "master"] = master
         for run in runs_of:
-            state = {key: saved.whole(run.saved, key) for key in run.saved.tensors} | dict(run.saved.numbers)
+            averages = ("ema",) if run.saved.ema else ()
+            state = {key: saved.whole(run.saved, key) for key in (*run.saved.tensors, *averages)}
+            state |= dict(run.saved.numbers)
             for key, tensor in state.items():
                 if key == "step":
                     assert found.setdefault((name, key), torch.tensor(float(tensor))) == float(tensor)
@@ -83,6 +85,7 @@ def decoded(path: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 def assert_same_state(path: Path, reference: Path) -> None:
     ours, theirs = decoded(path), decoded(reference)
+    assert {"master", "ema", "step"} <= {what for _, what in theirs}
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert torch.equal(ours[key], value), key
@@ -125,7 +128,7 @@ def test_a_chain_through_worlds_and_stages_changes_nothing(tmp_path):
             ours, theirs = load_file(folder / "step-1" / "tensors" / file.name), load_file(file)
             assert ours.keys() == theirs.keys()
             for key, value in theirs.items():
-                if not key.endswith("master"):
+                if not key.endswith(("master", "ema")):
                     assert torch.equal(ours[key], value), (folder.name, key)
 
 

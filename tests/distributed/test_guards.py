@@ -33,7 +33,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize(("stage", "precision"), WRAPPERS)
 def test_a_step_that_is_bad_on_one_rank_is_skipped_on_all(stage, precision, kind, results):
-    """Masters and the optimizer's own count are then those of a run that never saw the step."""
+    """Masters, their average and the optimizer's own count are then those of a run that never saw the step."""
     said = {"loss": "the loss is not finite", "gradient": "the gradient is not finite", "spike": "the loss, "}[kind]
     for rank in range(WORLD):
         found, clean = results[rank][stage, precision, kind], results[rank][stage, precision, "left out"]
@@ -44,8 +44,9 @@ def test_a_step_that_is_bad_on_one_rank_is_skipped_on_all(stage, precision, kind
         assert found["progress"]["skipped_steps"] == 1
         assert found["progress"]["losses"] == clean["progress"]["losses"]
         assert found["steps"] == clean["steps"] == [3] * len(clean["steps"])
-        for mine, expected in zip(found["masters"], clean["masters"], strict=True):
-            assert torch.equal(mine, expected)
+        for what in ("masters", "averages"):
+            for mine, expected in zip(found[what], clean[what], strict=True):
+                assert torch.equal(mine, expected)
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,8 @@ def test_masters_come_by_parameter_whatever_layout(saved):
     contents = Contents(saved["two"])
     assert contents.shapes.keys() == saved["masters"].keys()
     for name, master in saved["masters"].items():
-        assert torch.equal(contents.master(name).view(-1), master), name
-        assert contents.master(name).shape == contents.shapes[name]
+        assert torch.equal(contents.read(name, "master").view(-1), master), name
+        assert contents.read(name, "master").shape == contents.shapes[name]
 
 
 def test_a_checkpoint_differs_in_nothing_from_itself(saved, capsys):
@@ -67,7 +67,9 @@ def test_what_one_step_changes_is_told(saved, capsys):
     before, after = Contents(saved["two"]), Contents(saved["three"])
     for tensor in found["tensors"]:
         if tensor["what"] == "master":
-            change = (before.master(tensor["parameter"]) - after.master(tensor["parameter"])).abs().max()
+            change = (
+                (before.read(tensor["parameter"], "master") - after.read(tensor["parameter"], "master")).abs().max()
+            )
             assert tensor["largest"] == change.item() > 0
 
 
@@ -78,7 +80,7 @@ def test_layouts_are_no_difference(saved):
     assert all(one.largest is not None and one.largest < 1e-3 for one in found)
 
 
-@pytest.mark.parametrize("options", [[], ["--masters"]])
+@pytest.mark.parametrize("options", [[], ["--weights", "master"]])
 def test_an_exported_model_loads(saved, tmp_path, options, capsys):
     out = tmp_path / "out"
     assert cli.main(["checkpoint", "export", str(saved["two"]), str(out), *options]) == 0

@@ -237,7 +237,7 @@ def check_shard(saved, pieces, numel, wanted):
     """Bit-equal where it must be; the rest no farther off than half the widest step of the book."""
     like = torch.full((numel,), 7.0)
     runs = saved.runs(pieces)
-    saved.copy_master(runs, like)
+    saved.copy_weights(runs, "master", like)
     before = saved.blocks.requantised
     state = saved.state(runs, like)
     if not pieces:
