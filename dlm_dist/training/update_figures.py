@@ -8,18 +8,35 @@ here depends on a wrapper, and nothing is gathered but three numbers per role.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dlm_dist.training import zero_state
-from dlm_dist.training.zero_speed import sum_of_squares
 
 SAMPLED_FROM = 1 << 20
 """Elements of one role on one rank from which on not every one is compared with what it was before the step."""
 STRIDE = 61
 """Then every 61st is: an odd number, so that every column of a matrix takes part."""
+
+_CHUNK = 1 << 20
+"""Elements whose squares are summed in fp32; one such sum over all of a large shard would be off by some 1e-3."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What the optimizer is about to step: parameters of one role, all of those on this rank or some."""
+
+    role: str
+    masters: Sequence[torch.Tensor]
+    gradients: torch.Tensor
+    """Sum of the squares of their gradients, 0-d."""
+    stride: int
+    before: torch.Tensor
+    """Every stride-th element of the masters, [n]."""
 
 
 class UpdateMeter:
@@ -33,15 +50,14 @@ class UpdateMeter:
         self._roles = [group["name"] for group in engine.optimizer.param_groups]
         self._sharded = not all(shard.replicated for shard in zero_state.shards(engine))
         self._active = False
-        # By the id of a master: a step of the optimizer may be one group of several.
-        self._squares: dict[int, torch.Tensor] = {}
-        self._role_of: dict[int, str] = {}
-        self._copies: dict[int, tuple[int, torch.Tensor]] = {}
+        # By the id of a first master: DeepSpeed steps groups one by one, and torch may call hooks of a step twice.
+        self._begun: dict[int, _Begun] = {}
+        self._found: dict[int, tuple[str, torch.Tensor]] = {}
 
     def begin(self) -> None:
         """Measure the update that comes next."""
         self._active = True
-        self._squares.clear()
+        self._found.clear()
 
     def end(self, total_norm: float, group: dist.ProcessGroup | None) -> dict[str, dict[str, float | None]]:
         """The figures of the update since `begin`, each by role. Collective: every rank must call.
@@ -52,8 +68,9 @@ class UpdateMeter:
         """
         self._active = False
         sums = torch.zeros(len(self._roles), 3, dtype=torch.float64)
-        for key, squares in zip(self._squares, torch.stack(list(self._squares.values())).cpu(), strict=True):
-            sums[self._roles.index(self._role_of[key])] += squares
+        roles, squares = zip(*self._found.values(), strict=True)
+        for role, three in zip(roles, torch.stack(squares).cpu(), strict=True):
+            sums[self._roles.index(role)] += three
         if self._sharded:
             dist.all_reduce(sums, group=group)
         gradients, moves, masters = sums.T.tolist()
@@ -73,22 +90,30 @@ class UpdateMeter:
         if not self._active:
             return
         for group in optimizer.param_groups:
-            members = [master for master in group["params"] if master.grad is not None]
-            stride = STRIDE if sum(master.numel() for master in members) > SAMPLED_FROM else 1
-            for master in members:
-                self._role_of[id(master)] = group["name"]
-                self._squares[id(master)] = sum_of_squares(master.grad.reshape(-1))
-                self._copies[id(master)] = stride, master.reshape(-1)[::stride].clone()
+            masters = [master for master in group["params"] if master.grad is not None]
+            if masters:
+                stride = STRIDE if sum(master.numel() for master in masters) > SAMPLED_FROM else 1
+                gradients = _squares([master.grad for master in masters])
+                before = _elements(masters, stride)
+                self._begun[id(masters[0])] = _Begun(group["name"], masters, gradients, stride, before)
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            for master in group["params"]:
-                if id(master) not in self._copies:
-                    continue
-                stride, before = self._copies.pop(id(master))
-                share = master.numel() / before.numel()
-                moved = sum_of_squares(master.reshape(-1)[::stride] - before) * share
-                self._squares[id(master)] = torch.stack(
-                    [self._squares[id(master)], moved, sum_of_squares(before) * share]
-                )
+        for key, begun in self._begun.items():
+            moved = _squares([_elements(begun.masters, begun.stride) - begun.before])
+            share = sum(master.numel() for master in begun.masters) / begun.before.numel()
+            sums = torch.stack([begun.gradients, moved * share, _squares([begun.before]) * share])
+            self._found[key] = begun.role, sums
+        self._begun.clear()
+
+
+def _elements(masters: Sequence[torch.Tensor], stride: int) -> torch.Tensor:
+    """Every stride-th element of each of the masters, copied to one tensor [n]."""
+    return torch.cat([master.reshape(-1)[::stride] for master in masters])
+
+
+def _squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of the squares of all `tensors` (fp32), 0-d fp64 (on MPS fp32), in few kernels however many there are."""
+    chunks = [chunk for tensor in tensors for chunk in tensor.reshape(-1).split(_CHUNK)]
+    wide = torch.float32 if chunks[0].device.type == "mps" else torch.float64
+    return torch.stack(torch._foreach_norm(chunks)).to(wide).square().sum()

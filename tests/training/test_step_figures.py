@@ -71,7 +71,7 @@ def test_steps_in_between_are_left_alone_and_the_next_is_measured_by_itself():
             assert math.hypot(*figures.values()) == pytest.approx(gradient_norm(engine), rel=1e-6)
             assert figures != first
             first = figures
-        assert not meter._copies
+        assert not meter._begun
 
 
 def test_ratios_of_large_roles_are_estimated_from_some_of_their_elements(monkeypatch):
