@@ -315,7 +315,9 @@ class LoggingSection(Section):
     """Who hears of the run."""
 
     every: Positive = Field(
-        default=1, description="steps between lines on the console, in TensorBoard and in wandb (steps)"
+        default=1,
+        description="steps between lines on the console, in TensorBoard and in wandb, and between the figures by role, "
+        "by time and by source (steps)",
     )
     tensorboard: bool = Field(default=False, description="figures for TensorBoard in RUN/tensorboard")
     wandb: Literal["disabled", "online", "offline"] = Field(

@@ -38,7 +38,7 @@ class Verdict:
     nats_by_time: list[float]
     """Weighted losses by bucket of diffusion time; zeros where the objective has no times."""
     rank_seconds: list[float]
-    """What each rank needed to get its rows and run its forward passes."""
+    """What each rank needed by itself: to get its rows, and but for stage 3 to run its forward passes."""
     refused: str | None
     """Why the step must not update the weights."""
     stop_wanted: bool
@@ -240,7 +240,9 @@ class Trainer:
         mine = sums.cpu().double()  # waits for the device: the time until here is this rank's own
         spent = self.clock.so_far()
         seconds = torch.zeros(dist.get_world_size(), dtype=torch.float64)
-        seconds[dist.get_rank()] = spent["data"] + spent["forward"]
+        # Under stage 3 a forward pass is as long as that of the slowest rank: its layers are gathered from all.
+        own = ("data", "forward") if self.config.zero.stage < 3 else ("data",)
+        seconds[dist.get_rank()] = sum(spent[name] for name in own)
         asked = torch.tensor([self.stop.reason is not None, self.stop.save_wanted], dtype=torch.float64)
         numbers = torch.cat([mine, asked, seconds])
         with self.clock.during("wait"):

@@ -2,7 +2,7 @@
 
 A step takes the same time on every rank, since all wait for the slowest. What differs is how long a rank needs until
 it meets the others: to get its rows and to run its forward passes. Under ZeRO-3 the ranks meet in every layer of a
-forward pass, so there only the wait for rows tells them apart.
+forward pass, so there only the wait for rows is counted.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class RankTimes:
                 usual = statistics.median(statistics.median_low(seconds) for seconds in self._steps)
                 self.tell(
                     f"warning: rank {rank} on {self.hosts[rank]} holds the others up: in {times} of {self.window} "
-                    f"steps it needed over {SLOW_FACTOR:g} times as long for its rows and forward passes as half of "
-                    f"the ranks (median {mine:.3g} s, usual {usual:.3g} s)"
+                    f"steps it needed over {SLOW_FACTOR:g} times as long as half of the ranks to get its rows and run "
+                    f"its forward passes (median {mine:.3g} s, usual {usual:.3g} s)"
                 )
         self._steps.clear()
         self._slow.clear()

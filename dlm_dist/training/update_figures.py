@@ -22,7 +22,7 @@ SAMPLED_FROM = 1 << 20
 STRIDE = 61
 """Then every 61st is: an odd number, so that every column of a matrix takes part."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 """Elements whose squares are summed in fp32; one such sum over all of a large shard would be off by some 1e-3."""
 
 
