@@ -22,6 +22,7 @@ from launcher.generate_command import add_generate_command
 from launcher.goodput_command import add_goodput_command
 from launcher.info_commands import add_info_commands
 from launcher.init_command import add_init_command
+from launcher.status_command import add_status_command
 from launcher.sweep_commands import add_sweep_commands
 
 _GROUPS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...] = (
@@ -31,6 +32,7 @@ _GROUPS: tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], N
     add_generate_command,
     add_evaluate_command,
     add_checkpoint_commands,
+    add_status_command,
     add_compare_command,
     add_sweep_commands,
     add_chain_command,

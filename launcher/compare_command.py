@@ -40,7 +40,8 @@ def add_compare_command(subparsers: argparse._SubParsersAction[argparse.Argument
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Print the table. Returns 0."""
-    from dlm_dist.runs.comparison import differing_keys, find_runs, group_by_seed, notes, summarise
+    from dlm_dist.runs.comparison import differing_keys, group_by_seed, notes, summarise
+    from dlm_dist.runs.folder import find_runs
 
     runs = [summarise(path) for path in find_runs(arguments.paths)]
     if arguments.sort is not None:

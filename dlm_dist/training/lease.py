@@ -234,6 +234,20 @@ class Lease:
             probe.unlink()
 
 
+def last_owner(run_dir: Path) -> tuple[Owner, float] | None:
+    """Who holds `run_dir`, or held it last, and when its heart beat last (by the clock of the file system).
+
+    None: nobody has, or somebody is taking it this moment.
+    """
+    folder = run_dir / ".lease"
+    files = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    newest = max(files, key=_number, default=None)
+    if newest is None:
+        return None
+    owner, beat = _owner_in(newest), _modified(newest)
+    return None if owner is None or beat is None else (owner, beat)
+
+
 def _number(lease: Path | None) -> int:
     return int(lease.name) if lease is not None else 0
 

@@ -30,6 +30,8 @@ class StartRecord:
     plan: BatchPlan
     parameter_groups: list[dict[str, Any]]
     """What each role trains with (optimizers.group_table)."""
+    max_steps: int
+    """Steps of the whole run; of train.max_epochs what follows from the data."""
     gemm_peak_flops: float
     """Measured FLOP/s of all ranks together, the base of MFU."""
     resumed_from: Path | None = None
@@ -72,6 +74,7 @@ class StartRecord:
                 "gradient_accumulation_steps": self.plan.gradient_accumulation_steps,
                 "torch_threads": torch.get_num_threads(),
             },
+            "max_steps": self.max_steps,
             "parameter_groups": self.parameter_groups,
             "wkv7_backend": self.wkv7_backend,
             "attention": self.attention,

@@ -118,6 +118,7 @@ def _train(
         world_size=world,
         plan=plan,
         parameter_groups=groups,
+        max_steps=max_steps,
         gemm_peak_flops=_total_peak(config, device),
         resumed_from=resumed.path if resumed is not None else None,
         conversion=conversion,
