@@ -286,10 +286,11 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
             for name, _ in self.named_parameters()
         }
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, block_length: int | None = None) -> float:
         """Forward FLOPs of the layers per token (2 per multiply-add), without embedding and head.
 
         Scores and weighted values count each key once that direction and layer pattern let a token of a whole row see.
+        `block_length`: of block diffusion, for the tokens of both streams.
         """
         config = self.config
         attention_width = config.num_attention_heads * config.head_dim
@@ -299,7 +300,7 @@ class Qwen3ForDiffusion(Qwen3PreTrainedModel):
         projections = config.hidden_size * 2 * (attention_width + key_value_width)
         mlp = 3 * config.hidden_size * config.intermediate_size
         causal = self.direction == "causal"
-        keys = sum(pattern.mean_keys(sequence_length, causal) for pattern in config.patterns())
+        keys = sum(pattern.mean_keys(sequence_length, causal, block_length) for pattern in config.patterns())
         return 2.0 * (config.num_hidden_layers * (projections + mlp) + 2 * attention_width * keys)
 
     def head_flops_per_row(self) -> float:

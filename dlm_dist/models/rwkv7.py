@@ -370,11 +370,12 @@ class RWKV7ForDiffusion(PreTrainedModel):
         """
         return {name: _role(name) for name, _ in self.named_parameters()}
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, block_length: int | None = None) -> float:
         """Forward FLOPs of the blocks per token (2 per multiply-add), without embedding, norms and head.
 
         The recurrence counts as the token-by-token algorithm does: 9 N per channel (a^T S, the decay, two
-        rank-one updates, the read-out), whatever chunks cost a kernel. Independent of `sequence_length`.
+        rank-one updates, the read-out), whatever chunks and the states before blocks cost a kernel. Independent of
+        `sequence_length`, and in block diffusion of `block_length`.
         """
         config = self.config
         width, layers, ranks = config.hidden_size, config.num_hidden_layers, config.lora_ranks

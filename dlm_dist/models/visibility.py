@@ -11,6 +11,7 @@ less than that (`LayerPattern`), and so may, for a while, a model that comes fro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,16 +44,26 @@ class LayerPattern:
             return cls(causal=found[1] == "causal")
         return cls(block_length=int(found[3])) if found[2] == "block_causal" else cls(window=int(found[3]))
 
-    def mean_keys(self, length: int, causal: bool) -> float:
-        """Tokens that one of a whole row of `length` tokens sees on average, in a model that is `causal` or not."""
-        reach = length - 1 if self.window is None else min(self.window, length - 1)
-        before = reach * (length - (reach + 1) / 2) / length
-        if causal or self.causal:
-            return 1 + before
-        if self.block_length is not None:
-            whole, rest = divmod(length, self.block_length)
-            return (self.block_length**2 * whole * (whole + 1) / 2 + rest * length) / length
-        return 1 + 2 * before
+    def mean_keys(self, length: int, causal: bool, block_length: int | None = None) -> float:
+        """Tokens that one of a whole row of `length` tokens sees on average, in a model that is `causal` or not.
+
+        `block_length`: of block diffusion, in whose two streams a token sees its own block and those before it.
+        """
+        return _mean_keys(self, length, causal or self.causal, block_length)
+
+
+@cache
+def _mean_keys(pattern: LayerPattern, length: int, causal: bool, block_length: int | None) -> float:
+    place = torch.arange(length)
+    first, last = torch.zeros_like(place), torch.full_like(place, length - 1)
+    if pattern.window is not None:
+        first, last = (place - pattern.window).clamp_min(0), (place + pattern.window).clamp_max(length - 1)
+    for size in (pattern.block_length, block_length):
+        if size is not None:
+            last = torch.minimum(last, (place // size + 1) * size - 1)
+    if causal:
+        last = torch.minimum(last, place)
+    return (last - first + 1).double().mean().item()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dlm_dist.training.batches import RankStep, StepTotals, gather_totals
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.engine import gradient_norm, set_learning_rate
 from dlm_dist.training.errors import StoppedEarlyError, TrainingStoppedError
+from dlm_dist.training.flops import step_flops
 from dlm_dist.training.guards import Guards
 from dlm_dist.training.lr_schedules import Course, lr_factor
 from dlm_dist.training.metrics import MetricsLog
@@ -170,11 +171,12 @@ class Trainer:
         phases = self.clock.take()
         if self.log is not None:
             seconds = time.perf_counter() - started
+            flops = step_flops(self.engine.module, self.config, totals, batch.span[0])
             self.log.step(
                 {
                     **loss_figures(verdict.loss, totals, self.is_bound),
                     **place_figures(progress, batch.span, reason),
-                    **speed_figures(self.engine.module, self.config, totals, seconds, phases, self.peak_flops),
+                    **speed_figures(flops, totals, seconds, phases, self.peak_flops),
                     "grad_norm": norm,
                     "lr": lr,
                     **measured,

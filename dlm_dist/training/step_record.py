@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dlm_dist.config import RunConfig
 from dlm_dist.training.batches import StepTotals
 from dlm_dist.training.phases import PHASES
 from dlm_dist.training.progress import Progress
@@ -39,21 +38,16 @@ def loss_figures(loss: float, totals: StepTotals, is_bound: bool) -> dict[str, A
 
 
 def speed_figures(
-    model: Any, config: RunConfig, totals: StepTotals, seconds: float, phases: Mapping[str, float], peak_flops: float
+    flops: float, totals: StepTotals, seconds: float, phases: Mapping[str, float], peak_flops: float
 ) -> dict[str, Any]:
-    """How long it took: `seconds` in all, `phases` from PhaseClock; `peak_flops` (FLOP/s) is that of all ranks."""
+    """How long it took: `seconds` in all for `flops` of the model, `phases` from PhaseClock.
+
+    `peak_flops` (FLOP/s) is that of all ranks.
+    """
     return {
         "tokens_per_second": totals.denominator / seconds,
-        "mfu": _flops(model, config, totals) / seconds / peak_flops,
+        "mfu": flops / seconds / peak_flops,
         "step_seconds": seconds,
         "data_wait_seconds": phases["data"],
         **{f"{name}_seconds": phases[name] for name in PHASES if name != "data"},
     }
-
-
-def _flops(model: Any, config: RunConfig, totals: StepTotals) -> float:
-    """Model FLOPs of a step: backward counts twice the forward, the head runs on scored rows only."""
-    length = config.data.sequence_length
-    assert length is not None
-    body = model.flops_per_token(length) * totals.read
-    return 3.0 * (body + model.head_flops_per_row() * totals.supervised)

@@ -244,6 +244,12 @@ def test_mean_keys_are_those_of_the_mask() -> None:
         for causal, length in itertools.product((False, True), (1, 7, 12)):
             mask = Visibility(1, length, CPU, causal=causal).in_layer(pattern).dense()
             assert pattern.mean_keys(length, causal) == pytest.approx(float(mask.sum()) / length), (text, causal)
+        for causal in (False, True):
+            blocks = torch.arange(12)[None] // 4
+            rule = Visibility(1, 12, CPU, block_ids=blocks, causal=causal, two_streams=True).in_layer(pattern)
+            seen = rule.dense()[0, 0].sum(dim=1).double()
+            for stream in seen.chunk(2):
+                assert pattern.mean_keys(12, causal, 4) == pytest.approx(stream.mean().item()), (text, causal)
 
 
 def rules() -> dict[str, Visibility]:
