@@ -229,4 +229,7 @@ def json_line(result: Mapping[str, Any]) -> str:
             return [finite(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(result), allow_nan=False)
+    try:
+        return json.dumps(result, allow_nan=False)  # nearly always, at a third of the time
+    except (TypeError, ValueError):
+        return json.dumps(finite(result), allow_nan=False)

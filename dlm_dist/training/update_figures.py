@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from dlm_dist.training import zero_state
 
-SAMPLED_FROM = 1 << 20
+SAMPLED_FROM = 1 << 18
 """Elements of one role on one rank from which on not every one is compared with what it was before the step."""
 STRIDE = 61
 """Then every 61st is: an odd number, so that every column of a matrix takes part."""
@@ -41,7 +41,7 @@ class _Begun:
 
 class UpdateMeter:
     """Reads the updates between `begin` and `end`. It keeps a copy of the masters, or of every 61st of more than
-    2**20 of a role, while the optimizer steps."""
+    2**18 of a role, while the optimizer steps."""
 
     def __init__(self, engine: Any) -> None:
         optimizer = zero_state.base_optimizer(engine)
