@@ -120,16 +120,17 @@ def draw_failures(run: Run, seed: int) -> Iterator[Failure]:
         yield Failure(now, draw.random() < run.hang_share)
 
 
-def simulate(run: Run, seconds: float, failures: Iterable[Failure]) -> Account:
+def simulate(run: Run, seconds: float, failures: Iterable[Failure], restarts: Iterable[float] = ()) -> Account:
     """The first `seconds` of a run, event by event, from its first start on.
 
     What is trained and not lost at the end counts. A failure while an earlier one is not noticed yet changes nothing.
+    `restarts`: how long the first starts take, where that is known one by one; then `run.restart` holds.
     """
-    account, upcoming = Account(), iter(failures)
+    account, upcoming, starts = Account(), iter(failures), iter(restarts)
     failure, now = next(upcoming, _NEVER), 0.0
     while now < seconds:
         end = min(failure.time, seconds)
-        ready = min(now + run.restart, end)
+        ready = min(now + next(starts, run.restart), end)
         account.restart += ready - now
         leave = now + run.job - run.stall - run.write if run.job is not None else math.inf
         now = _train(run, account, ready, end, leave, fails=failure.time < seconds) if ready < end else end

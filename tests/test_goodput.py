@@ -79,6 +79,14 @@ def test_a_failure_in_a_restart_begins_it_anew():
     }
 
 
+def test_starts_that_took_their_own_time():
+    # 2 of a start, 8 of training that are lost; a start of 4, then 5 each.
+    run = Run(nodes=1, interval=100.0, stall=0.0, restart=5.0)
+    failures = [Failure(10.0, False), Failure(20.0, False)]
+    found = simulate(run, 30.0, failures, [2.0, 4.0])
+    assert (found.restart, found.lost, found.productive) == (11.0, 14.0, 5.0)
+
+
 def test_a_job_that_ends_saves_in_time_and_loses_nothing():
     # Two jobs of 100: each 5 of restart, 92 of training and 1 + 2 of a save that holds up.
     run = Run(nodes=1, interval=1000.0, stall=1.0, write=2.0, restart=5.0, job=100.0)

@@ -41,7 +41,8 @@ def test_the_time_of_a_run_is_what_its_lines_say(run):
     found = measured(LIVES, run)
     assert (found["failures"], found["steps"]) == (3, 20)
     assert found["restart_seconds"] == 5.0
-    assert (found["stall_seconds"], found["write_seconds"]) == (0.25, 0.25)
+    assert found["restart_seconds_one_by_one"] == [5.0, None, 5.0, 5.0]
+    assert (found["saves"], found["write_seconds"]) == (3, pytest.approx(0.5 - 0.5 / 3))
     assert found["shares"]["restart"] == 17.0 / 40.0
     assert found["shares"]["productive"] == pytest.approx(12 / 20 * (40 - 17 - 0.5) / 40)
     assert sum(found["shares"].values()) == pytest.approx(1.0)
