@@ -15,7 +15,7 @@ class Job:
 
     number: int
     array: int | None
-    """The number of the array, which all of its tasks share."""
+    """The number of the array whose tasks all go on with this run; None: there are no others (slurm/sweep.sbatch)."""
     name: str
     """ARRAY_TASK, or the number of a job that is no array: what SLURM's commands take for this one task."""
     restarts: int
@@ -35,7 +35,7 @@ class Job:
         array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
         return Job(
             number=number,
-            array=int(array) if array is not None else None,
+            array=int(array) if array is not None and "DLM_SWEEP" not in environment else None,
             name=str(number) if array is None else f"{array}_{task}",
             restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
             nodes=tuple(_ask("scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]).split()),

@@ -90,6 +90,11 @@ def test_the_next_job_of_the_array_goes_on_or_this_one_once_more(chain):
     assert chain(75, waiting="")[::2] == (75, ["scontrol requeue 7_0"])
 
 
+def test_of_a_sweep_nobody_else_goes_on_with_a_run(chain, monkeypatch):
+    monkeypatch.setenv("DLM_SWEEP", "1")
+    assert chain(75, saves=True)[::2] == (75, ["scontrol requeue 7_0"])
+
+
 def test_three_attempts_without_a_checkpoint_stop_the_chain(chain):
     for _ in range(2):
         assert chain(1, waiting="")[::2] == (1, ["scontrol requeue 7_0"])
