@@ -31,7 +31,7 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.18",
     "zstandard>=0.22",
     "packaging>=23",
-    # The demo kills a whole family of processes.
+    # Memory of a rank; the demo kills a whole family of processes.
     "psutil>=5.9",
 ]
 

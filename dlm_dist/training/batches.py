@@ -63,6 +63,8 @@ class StepTotals:
     """Whether every rank has said so: see `gather_totals`."""
     any_alarm: bool
     """Whether a rank has said so: see `gather_totals`."""
+    memory: tuple[int, ...] = ()
+    """The largest over ranks of each number of `memory` of `gather_totals`."""
 
 
 def prepare_step(
@@ -141,18 +143,23 @@ def _digests(batch: NoisyBatch) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(rows + noise), dtype=np.uint8).reshape(2, -1, _DIGEST_BYTES)
 
 
-def gather_totals(step: RankStep, group: dist.ProcessGroup | None, ready: bool, alarm: bool) -> StepTotals:
+def gather_totals(
+    step: RankStep, group: dist.ProcessGroup | None, ready: bool, alarm: bool, memory: Sequence[int] = ()
+) -> StepTotals:
     """Sum and hash over all ranks. Collective: every rank must call. `group` carries host tensors (gloo).
 
     The hashes run over the rows in the order of their positions, so they are the same for every topology. `ready`
-    and `alarm` ride along: whether this rank's part of the save in flight is done, and whether it wants the run to end.
+    and `alarm` ride along: whether this rank's part of the save in flight is done, and whether it wants the run to end;
+    and so does what its `memory` holds, as many numbers on every rank.
     """
-    counts = np.concatenate([step.counts, step.tokens_by_time, [ready, alarm]]).astype("<i8")
+    counts = np.concatenate([step.counts, step.tokens_by_time, [ready, alarm], memory]).astype("<i8")
     mine = torch.from_numpy(np.concatenate([counts.view(np.uint8), step.digests.reshape(-1)]))
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
     raw = np.stack([part.numpy() for part in parts])
-    sums = np.ascontiguousarray(raw[:, : counts.nbytes]).view("<i8").sum(axis=0)
+    numbers = np.ascontiguousarray(raw[:, : counts.nbytes]).view("<i8")
+    largest = numbers[:, counts.size - len(memory) :].max(axis=0)
+    sums = numbers[:, : counts.size - len(memory)].sum(axis=0)
     digests = raw[:, counts.nbytes :].reshape(len(parts), 2, -1)
     return StepTotals(
         # A step without any token that counts has a loss of 0, not of 0 / 0.
@@ -166,4 +173,5 @@ def gather_totals(step: RankStep, group: dist.ProcessGroup | None, ready: bool, 
         noise_sha256=hashlib.sha256(digests[:, 1].tobytes()).hexdigest(),
         all_ready=int(sums[-2]) == len(parts),
         any_alarm=int(sums[-1]) > 0,
+        memory=tuple(largest.tolist()),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 from collections.abc import Mapping
@@ -40,7 +41,9 @@ class Console:
             why = ""
         else:
             return
-        self.line(f"step {record['step']}/{self._total}  {'  '.join(figures(record))}{why}")
+        left = record["seconds_left"]
+        rest = "" if left is None else f"  left {datetime.timedelta(seconds=round(left))}"
+        self.line(f"step {record['step']}/{self._total}  {'  '.join(figures(record))}{rest}{why}")
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """One evaluation on held-out rows, and what a search for a range of times has found there."""

@@ -22,6 +22,7 @@ from dlm_dist.training.errors import StoppedEarlyError, TrainingStoppedError
 from dlm_dist.training.flops import step_flops
 from dlm_dist.training.guards import Guards
 from dlm_dist.training.lr_schedules import Course, lr_factor
+from dlm_dist.training.memory import memory_figures, memory_in_use
 from dlm_dist.training.metrics import MetricsLog
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.progress import Progress
@@ -149,7 +150,8 @@ class Trainer:
         self.clock.enter("other")
         alarm = self.alarm()
         with self.clock.during("wait"):
-            totals = gather_totals(batch, self.host_group, self.writer.ready(), alarm is not None)
+            memory = memory_in_use(self.device)
+            totals = gather_totals(batch, self.host_group, self.writer.ready(), alarm is not None, memory)
         if totals.any_alarm:
             raise TrainingStoppedError(self._who_said(alarm))
         if totals.all_ready:
@@ -177,6 +179,7 @@ class Trainer:
                     **loss_figures(verdict.loss, totals, self.is_bound),
                     **place_figures(progress, batch.span, reason),
                     **speed_figures(flops, totals, seconds, phases, self.peak_flops),
+                    **memory_figures(totals.memory),
                     "grad_norm": norm,
                     "lr": lr,
                     **measured,

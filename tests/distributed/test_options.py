@@ -55,6 +55,8 @@ def test_everything_at_once_and_resumed(data, tmp_path):
     offline = [path.name for path in (run / "wandb").iterdir() if path.name.startswith("offline-run-")]
     assert len(offline) == 2
     assert len({name.rsplit("-", 1)[1] for name in offline}) == 1
+    assert all(record["resident_set_bytes"] > 2**26 for record in lines(run, "metrics"))
+    assert {record["cuda_allocated_peak_bytes"] for record in lines(run, "metrics")} == {None}
     # Whoever reads the events of both starts finds every step once.
     for name, kind, key in (("train", "metrics", "loss"), ("validation", "evaluations", "bound_nats_per_token")):
         curve = [(step, pytest.approx(value)) for step, value in tensorboard_curve(run / "tensorboard" / name, key)]

@@ -1,7 +1,7 @@
 """What a person sees on a terminal."""
 
+import contextlib
 import io
-import os
 import pty
 import re
 import sys
@@ -32,6 +32,15 @@ def test_the_bar_has_the_newest_figures_and_lines_stay_above_it():
     assert text.index("\x1b[?25l") < text.index("\x1b[?25h") < text.index("no markup")
 
 
+def whole(reader: int) -> str:
+    """What went through a terminal whose other end is closed."""
+    text = b""
+    with open(reader, "rb", buffering=0) as file, contextlib.suppress(OSError):
+        while part := file.read(1 << 16):
+            text += part
+    return text.decode()
+
+
 @pytest.mark.parametrize("dumb", [False, True])
 def test_a_terminal_gets_the_bar_and_a_dumb_one_plain_lines(monkeypatch, dumb):
     reader, writer = pty.openpty()
@@ -45,8 +54,7 @@ def test_a_terminal_gets_the_bar_and_a_dumb_one_plain_lines(monkeypatch, dumb):
         console.step({"step": 2, **RECORD, "skipped": True, "skip_reason": "the loss is a spike"})
         console.rolled_back(2, 1, "a spike")
         console.close(finished=True)
-        text = os.read(reader, 1 << 16).decode()
-    os.close(reader)
+    text = whole(reader)
     assert "step 1  held-out bound 3.5000 nats/token  1.2500 bits/byte" in text
     assert "(skipped: the loss is a spike; data positions 0 to 7)" in text
     assert ("step 1/10  loss 2.5000" in text) == dumb

@@ -1,5 +1,6 @@
 """What the loop hands to the model, and how it scales what comes back."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -143,3 +144,5 @@ def test_what_the_model_reads_is_counted():
         )
         totals = gather_totals(step, None, ready=False, alarm=False)
         assert totals.read == streams * 8 * 12, name
+        with_memory = gather_totals(step, None, ready=False, alarm=False, memory=[7, 9])
+        assert with_memory == replace(totals, memory=(7, 9))

@@ -19,6 +19,7 @@ RECORD = {
     "skip_reason": None,
     "positions": [0, 8],
     "rows_sha256": "ab",
+    "seconds_left": 3725.4,
 }
 EVALUATION = {
     "bound_nats_per_token": 3.5,
@@ -148,7 +149,7 @@ def test_a_log_goes_on_behind_its_step_and_behind_a_rollback(tmp_path, capsys):
     assert steps(tmp_path / "samples.replaced.jsonl") == [6]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 0  held-out bound 3.5000 nats/token  1.2500 bits/byte"
-    assert lines[1] == "step 2/9  loss 2.5000  grad 0.500  lr 3.00e-04  12,345 tok/s  MFU 25.0 %"
+    assert lines[1] == "step 2/9  loss 2.5000  grad 0.500  lr 3.00e-04  12,345 tok/s  MFU 25.0 %  left 1:02:05"
     assert lines[-2] == "step 7  a spike: back to the checkpoint of step 6, and on without step 7"
     # A skipped step is told, whether its turn has come or not.
     assert lines[-1].endswith("(skipped: a spike: left out after a rollback; data positions 0 to 7)")
@@ -164,6 +165,7 @@ def test_scalars_are_the_finite_numbers_by_name():
         "tokens_per_second": 12345.0,
         "mfu": 0.25,
         "skipped": 0.0,
+        "seconds_left": 3725.4,
         "by_role/matrix": 1.0,
     }
     assert scalars({"step": 3, **EVALUATION}) == {
