@@ -107,7 +107,6 @@ class ProfileWindow:
             schedule=lambda step: actions.get(step, ProfilerAction.RECORD),
             record_shapes=True,
             profile_memory=self._settings.memory,
-            acc_events=True,
         )
         self._profiler.start()
 

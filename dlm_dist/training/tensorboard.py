@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
 from dlm_dist.training.scalars import scalars
@@ -59,7 +59,9 @@ class TensorBoard:
 
 def _add(writer: SummaryWriter, record: Mapping[str, Any]) -> None:
     # One event for all numbers: add_scalar would make one for each, at many times the cost.
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(record).items()]
+    event = Event()
+    for name, value in scalars(record).items():
+        event.summary.value.add(tag=name, simple_value=value)
     file_writer = writer.file_writer
     assert file_writer is not None
-    file_writer.add_summary(Summary(value=values), record["step"])
+    file_writer.add_event(event, record["step"])
