@@ -22,7 +22,7 @@ help:
 	@echo 'make test-faults  the fault campaign: 204 kills, full disks, damaged files (half an hour to an hour); ends with a report'
 	@echo 'make test-gpu     the tests that need a CUDA device'
 	@echo 'make test-slurm   runs on a SLURM cluster of two nodes that it brings up here; needs root and, on Debian and Ubuntu,'
-	@echo '                  apt install slurm-wlm munge iproute2'
+	@echo '                  apt install slurm-wlm munge iproute2 openssh-server pdsh'
 	@echo 'make check        ruff, ruff format and mypy'
 	@echo 'make clean        remove $(VENV) and caches; runs stay'
 

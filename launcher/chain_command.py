@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from dlm_dist.training.chain import FINISHED, Chain, judge, read_results
+from dlm_dist.training.chain import FINISHED, Chain, NodeResult, judge, read_results
 from dlm_dist.training.switches import DONE, STOP
 from launcher.slurm import Job
 
@@ -20,6 +21,12 @@ MAX_FRUITLESS = 3
 
 _STOPPED = 3
 """Exit status where STOP, another chain or a bad node kept the job from starting the run."""
+
+
+_SECONDS_AFTER_THE_FIRST = 120.0
+"""More than srun --wait and SLURM's KillWait together."""
+
+_SECONDS_BETWEEN_LOOKS = 15.0
 
 
 def add_chain_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -55,12 +62,9 @@ def run_chain(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     run_dir = config.run.dir
     job = Job.this(os.environ)
-    if (run_dir / DONE).exists():
-        _tell(f"{run_dir / DONE}: {(run_dir / DONE).read_text().strip()}; nothing is left to do")
-        return 0
-    if (run_dir / STOP).exists():
-        _tell(f"not started, {run_dir / STOP} is there: {(run_dir / STOP).read_text().strip() or 'it says no reason'}")
-        return _STOPPED
+    marked = _status_by_marker(run_dir)
+    if marked is not None:
+        return marked
     chain = Chain(run_dir)
     try:
         lease = Lease(chain.folder, tell=_tell)
@@ -70,12 +74,26 @@ def run_chain(options: argparse.Namespace) -> int:
     try:
         # A run that was started by hand; also, the ranks need not wait for a sign of an owner whose node is gone.
         Lease(run_dir, tell=_tell).release()
-        return _attempt(options, run_dir, job, chain)
+        # Who was at work until now may have finished.
+        marked = _status_by_marker(run_dir)
+        return marked if marked is not None else _attempt(options, run_dir, job, chain)
     except LeaseError as error:
         _tell(f"not started: {error}")
         return _STOPPED
     finally:
         lease.release()
+
+
+def _status_by_marker(run_dir: Path) -> int | None:
+    """The exit status where a marker file says that there is nothing to start; else None."""
+    done, stop = run_dir / DONE, run_dir / STOP
+    if done.exists():
+        _tell(f"{done}: {done.read_text().strip()}; nothing is left to do")
+        return FINISHED
+    if stop.exists():
+        _tell(f"not started, {stop} is there: {stop.read_text().strip() or 'it says no reason'}")
+        return _STOPPED
+    return None
 
 
 def _attempt(options: argparse.Namespace, run_dir: Path, job: Job, chain: Chain) -> int:
@@ -86,9 +104,9 @@ def _attempt(options: argparse.Namespace, run_dir: Path, job: Job, chain: Chain)
     chain.begin(job.attempt, job.nodes)
     _tell(f"attempt {job.attempt} on {','.join(job.nodes)}, newest checkpoint: {chain.newest()}; logs in {logs}")
     arguments = ["--config", str(options.config), "--resume", "auto", *options.overrides]
-    status, told = _run([*options.command, *arguments], {**os.environ, "DLM_LOG_DIR": str(logs)})
-    silent = _silent_nodes(run_dir, started)
-    outcome = judge(job.nodes, read_results(logs), silent, status)
+    status, told = _run([*options.command, *arguments], logs)
+    results = read_results(logs)
+    outcome = judge(job.nodes, results, _laggard_nodes(run_dir, started, results), status)
     chain.end(job.attempt, outcome, told)
     _tell(f"attempt {job.attempt} ended with status {outcome.status}, newest checkpoint: {chain.newest()}")
     for node, why in outcome.blamed.items():
@@ -101,10 +119,12 @@ def _attempt(options: argparse.Namespace, run_dir: Path, job: Job, chain: Chain)
     return outcome.status
 
 
-def _run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, bool]:
+def _run(command: Sequence[str], logs: Path) -> tuple[int, bool]:
     """Run `command` -> (exit status, whether this job was asked to end meanwhile).
 
-    Of SIGTERM the ranks have heard as well. SIGUSR1 comes to this process alone with `sbatch --signal=B:USR1@T`.
+    Of SIGTERM the ranks have heard as well. SIGUSR1 comes to this process alone with `sbatch --signal=B:USR1@T`. The
+    command is ended when the launcher of a node has long ended: srun waits for ever for tasks whose end it was not
+    told, since a network between the nodes was cut.
     """
     told: list[int] = []
 
@@ -113,9 +133,22 @@ def _run(command: Sequence[str], environment: dict[str, str]) -> tuple[int, bool
         if number == signal.SIGUSR1:
             process.send_signal(number)
 
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env={**os.environ, "DLM_LOG_DIR": str(logs)})
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    deadline: float | None = None
+    look = time.monotonic()
     try:
+        while process.poll() is None:
+            if deadline is None and time.monotonic() > look:
+                # Not more often: a large job has a thousand files on a file system of many users.
+                look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
+                if any(result.status is not None for result in read_results(logs)):
+                    deadline = time.monotonic() + _SECONDS_AFTER_THE_FIRST
+            if deadline is not None and time.monotonic() > deadline:
+                _tell(f"{command[0]} has not ended {_SECONDS_AFTER_THE_FIRST:g} s after the first node: killed")
+                process.kill()
+                break
+            time.sleep(0.5)
         status = process.wait()
     finally:
         for number, handler in before.items():
@@ -160,14 +193,25 @@ def _pass_on(chain: Chain, job: Job) -> None:
         _tell(f"{', '.join(excluded)}: the jobs to come are kept off it")
 
 
-def _silent_nodes(run_dir: Path, since: float) -> list[str]:
-    """Nodes whose ranks did not get on when a watchdog ended the run."""
-    from dlm_dist.training.watchdog import laggards, read_heartbeats
+def _laggard_nodes(run_dir: Path, since: float, results: Sequence[NodeResult]) -> set[str]:
+    """Nodes that held the others up when a watchdog ended the run.
+
+    Those that gave no sign of life; else those whose ranks were behind in a phase that needs no other rank.
+    """
+    from dlm_dist.training.watchdog import is_silent, laggards, read_heartbeats
 
     beats = [beat for beat in read_heartbeats(run_dir / "heartbeats") if beat["time"] >= since]
     if not beats:
-        return []
-    return sorted({beat["host"].partition(".")[0] for beat in laggards(beats, max(beat["time"] for beat in beats))})
+        return set()
+    ended = {result.node for result in results if result.status is not None}
+    last = max(beat["time"] for beat in beats)
+    silent = {_node(beat) for beat in beats if is_silent(beat, last)} - ended
+    return silent or {_node(beat) for beat in laggards(beats, 0.0) if beat["phase"] in ("data", "forward")}
+
+
+def _node(beat: Mapping[str, Any]) -> str:
+    name: str = beat["host"].partition(".")[0]
+    return name
 
 
 def _tell(sentence: str) -> None:

@@ -96,16 +96,17 @@ def main(program: Sequence[str]) -> int:
         meeting_point(os.environ)
     folder = Path(os.environ.get("DLM_LOG_DIR", "logs"))
     folder.mkdir(parents=True, exist_ok=True)
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         # SLURM signals every process of a step; the ranks know what to do.
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda number, _: signals.append(number))
     record = _record(place)
     _write(folder, record)
     ranks = _start(place, program, folder)
     _warn_of_loopback(place)
-    status, told = _wait(ranks, place, folder, record)
-    if status not in _ALRIGHT:
-        print(f"node {place.name}: {told}", file=sys.stderr, flush=True)
+    status, last_words = _wait(ranks, place, folder, record, signals)
+    if last_words:
+        print(f"node {place.name}: {last_words}", file=sys.stderr, flush=True)
     return status
 
 
@@ -148,13 +149,19 @@ def _copy(rank: Rank) -> None:
             sys.stdout.buffer.flush()
 
 
-def _wait(ranks: Sequence[Rank], place: Place, folder: Path, record: dict[str, Any]) -> tuple[int, str]:
-    """-> (status of the node, what the first rank that failed said)."""
+def _wait(
+    ranks: Sequence[Rank], place: Place, folder: Path, record: dict[str, Any], signals: Sequence[int]
+) -> tuple[int, str]:
+    """-> (status of the node, what the first rank that failed said); `signals` are those that this process has got.
+
+    A rank that one of these ended has not failed.
+    """
     first: Rank | None = None
     deadline = None
     while True:
         running = [rank for rank in ranks if rank.process.poll() is None]
-        failed = [rank for rank in ranks if rank.process.returncode not in (None, *_ALRIGHT)]
+        from_outside = [-number for number in signals]
+        failed = [rank for rank in ranks if rank.process.returncode not in (None, *_ALRIGHT, *from_outside)]
         if failed and first is None:
             first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
             # At once: who is ended from outside now must have said what failed.
@@ -172,7 +179,7 @@ def _wait(ranks: Sequence[Rank], place: Place, folder: Path, record: dict[str, A
     ended = {"ended": _now(), "ranks": codes}
     if first is None:
         status = max(codes.values())
-        _write(folder, record | ended | {"status": status})
+        _write(folder, record | ended | {"status": status if status in _ALRIGHT else None})
         return status, ""
     told = _last_lines(first.log)
     status = _status(first.process.returncode)

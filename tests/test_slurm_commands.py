@@ -187,6 +187,16 @@ def test_the_first_rank_that_fails_is_told_and_the_others_are_ended(node):
     assert "node a: rank 1 ended with status 9" in done.stderr
 
 
+def test_a_rank_that_is_ended_from_outside_has_not_failed(node):
+    """SLURM signals every process of a step."""
+    program = "import os, signal\nos.kill(os.getppid(), signal.SIGTERM)\nos.kill(os.getpid(), signal.SIGTERM)"
+    status, record, done = node(program)
+    assert status == 143
+    assert record["status"] is None
+    assert record["ranks"] == {"0": 143}
+    assert done.stderr == ""
+
+
 def fake_cpu(system: Path, cpu: int, numa: int, first_sibling: int) -> None:
     folder = system / "cpu" / f"cpu{cpu}"
     (folder / f"node{numa}").mkdir(parents=True)

@@ -149,17 +149,16 @@ class Chain:
             file.write(json.dumps({"time": time, **event}).encode() + b"\n")
 
 
-def judge(nodes: Sequence[str], results: Iterable[NodeResult], silent: Iterable[str], status: int) -> Outcome:
+def judge(nodes: Sequence[str], results: Iterable[NodeResult], laggards: Iterable[str], status: int) -> Outcome:
     """What an attempt on `nodes` came to: `results` of their launchers, `status` of the command that started them.
 
     A node is blamed when it failed and another did not: what fails alike everywhere is the program's fault, or the
-    user's. `silent` nodes were behind or gave no sign of life when a watchdog ended the run. Of a node alone only a
-    crash counts.
+    user's. `laggards` held the others up when watchdogs ended the run. Of a node alone only a crash counts.
     """
     ended = {result.node: result for result in results}
     codes = [result.status for result in ended.values() if result.status is not None]
-    if status == FINISHED or (codes and len(ended) == len(nodes) and set(codes) == {FINISHED}):
-        return Outcome(status)
+    if status == FINISHED or codes == [FINISHED] * len(nodes):
+        return Outcome(FINISHED)
     own = {
         node: result
         for node, result in ended.items()
@@ -175,12 +174,12 @@ def judge(nodes: Sequence[str], results: Iterable[NodeResult], silent: Iterable[
         }
         first = next(iter(own.values())).status
         return Outcome(first or status, reasons if len(own) < len(nodes) or len(nodes) == 1 else {})
+    if HUNG in codes:
+        behind = [node for node in nodes if node in set(laggards)]
+        reasons = dict.fromkeys(behind, "it held the others up until their watchdogs ended them")
+        return Outcome(HUNG, reasons if len(behind) < len(nodes) else {})
     absent = [node for node in nodes if node not in ended]
-    if absent:
-        return Outcome(status, dict.fromkeys(absent, "no launcher started there") if ended else {})
-    behind = [node for node in nodes if node in set(silent)]
-    reasons = dict.fromkeys(behind, "it held the others up until their watchdogs ended them")
-    return Outcome(HUNG if HUNG in codes else status, reasons if len(behind) < len(nodes) else {})
+    return Outcome(status, dict.fromkeys(absent, "no launcher started there") if ended else {})
 
 
 def read_results(folder: Path) -> list[NodeResult]:

@@ -195,6 +195,16 @@ class Cluster:
         """Plug the cable in again."""
         _ip("link", "set", self._cable(name), "up")
 
+    def part(self, one: str, other: str) -> None:
+        """Let two nodes hear each other no more; the controller hears both."""
+        for here, there in ((one, other), (other, one)):
+            _ip("-n", self._namespace(here), "route", "add", "blackhole", self.address(there))
+
+    def join(self, one: str, other: str) -> None:
+        """Undo `part`."""
+        for here, there in ((one, other), (other, one)):
+            _ip("-n", self._namespace(here), "route", "delete", "blackhole", self.address(there))
+
     def processes(self, name: str) -> list[psutil.Process]:
         """Every process in the node's network namespace."""
         wanted = os.stat(f"/run/netns/{self._namespace(name)}").st_ino

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ def saved(run: Path) -> list[int]:
 
 def wait_for_step(cluster: Cluster, run: Path, step: int, seconds: float = 120) -> None:
     cluster.wait(lambda: runs.last_step(run) >= step, seconds, f"{run} reached step {step}: {output(run)[-5000:]}")
+
+
+@pytest.fixture(autouse=True)
+def empty_queue(cluster):
+    """Leave no job of a test that failed to the next one."""
+    yield
+    cluster.run("scancel", "--user=root", check=False)
+    cluster.wait(lambda: not cluster.jobs(), 60, "the queue is empty")
 
 
 LONG = {"train__max_steps": 60, "checkpoint__every": 25}
@@ -106,3 +115,135 @@ def test_signals_and_requeues_lose_nothing(cluster, data, reference, tmp_path):
     assert not (run / "metrics.replaced.jsonl").exists()
     assert "SIGUSR1 (rank 0), SIGUSR1 (rank 1)" in text
     assert "SIGTERM (rank 0), SIGTERM (rank 1)" in text
+
+
+def test_a_time_limit_saves_in_time_and_the_last_job_queues_again_until_it_is_stopped(cluster, data, tmp_path):
+    run = tmp_path / "run"
+    limits = ["--array=0", "--nodes=1", "--time=2", "--signal=USR1@40"]
+    job = submit(cluster, run, data, *limits, train__max_steps=100000, checkpoint__every=None)
+    cluster.wait(lambda: len(Chain(run).attempts()) == 2, 240, "the job has come again")
+    first, second = Chain(run).attempts()
+    assert (first.status, first.told) == (75, False), output(run)
+    assert "SIGUSR1 (rank 0)" in output(run)
+    assert second.name == f"{job}_0-restart1"
+    assert first.reached == second.checkpoint == saved(run)[-1]
+    wait_for_step(cluster, run, first.reached + 3)
+    (run / "STOP").touch()
+    cluster.wait_until_over(job, 60)
+    second = Chain(run).attempts()[1]
+    assert second.status == 75
+    assert second.reached == runs.last_step(run) > first.reached
+    assert not (run / "metrics.replaced.jsonl").exists()
+    assert "STOP is there" in output(run)
+
+
+def test_of_two_chains_on_a_run_one_works_and_the_other_says_why_not(cluster, data, tmp_path):
+    run = tmp_path / "run"
+    endless = {"train__max_steps": 100000, "checkpoint__every": 1000}
+    first = submit(cluster, run, data, "--nodes=1", "--array=0", **endless)
+    wait_for_step(cluster, run, 2)
+    second = submit(cluster, run, data, "--nodes=1", "--array=0-1%1", **endless)
+    cluster.wait_until_over(second, 120)
+    (run / "STOP").touch()
+    cluster.wait_until_over(first, 60)
+    others = [path.read_text() for path in sorted(tmp_path.glob(f"run.{second}_*.out"))]
+    assert len(others) == 2
+    for text in others:
+        assert "not started, another chain is at work: run.dir" in text
+        assert "is in use by process" in text
+    assert [(attempt.name, attempt.status) for attempt in Chain(run).attempts()] == [(f"{first}_0", 75)]
+
+
+def test_a_cut_between_nodes_ends_the_job_and_the_chain_goes_on_after_the_repair(cluster, data, reference, tmp_path):
+    run = tmp_path / "run"
+    changes = {**LONG, "checkpoint__every": 5, "guards__hang_minutes": 0.25}
+    job = submit(cluster, run, data, "--array=0-1%1", **changes)
+    wait_for_step(cluster, run, 12)
+    cluster.part(*cluster.names)
+    try:
+        cluster.wait(lambda: Chain(run).attempts()[0].status is not None, 300, "the first attempt has ended")
+    finally:
+        cluster.join(*cluster.names)
+    cluster.wait_until_over(job, 300)
+    first, second = Chain(run).attempts()
+    assert (first.status, dict(first.blamed)) == (76, {}), output(run)
+    assert "(guards.hang_minutes)" in output(run)
+    assert (second.status, second.checkpoint) == (0, first.reached), output(run)
+    assert second.checkpoint >= 10
+    runs.assert_same_steps(run, reference)
+
+
+def test_a_job_whose_node_died_goes_on_when_it_is_back(cluster, data, reference, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, run, data, "--array=0", **LONG | {"checkpoint__every": 5})
+    wait_for_step(cluster, run, 12)
+    cluster.kill_node("n2")
+    try:
+        cluster.wait(lambda: cluster.jobs()[f"{job}_0"][0] == "PENDING", 120, "the job is back in the queue")
+    finally:
+        cluster.repair("n2")
+        cluster.start_node("n2")
+    cluster.wait_until_over(job, 300)
+    first, second = Chain(run).attempts()
+    assert first.status is None or first.told, output(run)
+    assert second.name == f"{job}_0-restart1"
+    assert (second.status, second.nodes) == (0, ("n1", "n2")), output(run)
+    assert second.checkpoint >= 10
+    runs.assert_same_steps(run, reference)
+
+
+def test_a_job_whose_first_node_died_goes_on_with_what_is_left(cluster, data, reference, tmp_path):
+    """Rank 0, the script and the owner of the run's folder are gone; another number of ranks goes on."""
+    run = tmp_path / "run"
+    job = submit(cluster, run, data, "--nodes=1-2", "--array=0", **LONG | {"checkpoint__every": 5})
+    wait_for_step(cluster, run, 12)
+    cluster.kill_node("n1")
+    try:
+        cluster.wait_until_over(job, 400)
+    finally:
+        cluster.repair("n1")
+        cluster.start_node("n1")
+    first, second = Chain(run).attempts()
+    assert (first.nodes, first.status) == (("n1", "n2"), None), output(run)
+    assert (second.nodes, second.status) == (("n2",), 0), output(run)
+    assert second.checkpoint >= 10
+    assert "of 2 ranks at ZeRO-2 goes on with 1 rank at ZeRO-2" in output(run)
+    for mine, other in zip(runs.metrics(run), runs.metrics(reference), strict=True):
+        for key in ("lr", "data_pos", "rows_sha256", "noise_sha256"):
+            assert mine[key] == other[key]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=0.01)  # bf16, and other micro-batches
+    cluster.wait(lambda: cluster.node_states()["n1"] == "idle", 60, "n1 is back")
+
+
+def test_a_node_with_a_broken_installation_is_named_and_left_out(cluster, data, tmp_path):
+    run = tmp_path / "run"
+    cluster.hide("n2", Path(sys.prefix))
+    try:
+        job = submit(cluster, run, data, "--nodes=1-2", "--array=0-3%1")
+        cluster.wait_until_over(job, 300)
+    finally:
+        cluster.show("n2", Path(sys.prefix))
+    text = output(run)
+    attempts = Chain(run).attempts()
+    assert [attempt.nodes for attempt in attempts] == [("n1", "n2"), ("n1", "n2"), ("n1",)], text
+    assert [set(attempt.blamed) for attempt in attempts] == [{"n2"}, {"n2"}, set()]
+    assert attempts[-1].status == 0
+    assert text.count("node n2 failed: ") == 2
+    assert "n2: the jobs to come are kept off it" in text
+    assert (run / "chain" / "excluded_nodes").read_text() == "n2\n"
+    assert (run / "DONE").exists()
+
+
+def test_a_first_node_without_python_is_left_out(cluster, data, tmp_path):
+    """The script itself must see to it: no chain starts there."""
+    run = tmp_path / "run"
+    cluster.hide("n1", Path(sys.prefix))
+    try:
+        job = submit(cluster, run, data, "--nodes=1-2", "--array=0-1%1")
+        cluster.wait_until_over(job, 200)
+    finally:
+        cluster.show("n1", Path(sys.prefix))
+    text = output(run)
+    assert "Python does not run on n1" in text
+    assert [(attempt.name, attempt.nodes) for attempt in Chain(run).attempts()] == [(f"{job}_1", ("n2",))], text
+    assert (run / "DONE").exists(), text

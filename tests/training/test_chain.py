@@ -20,6 +20,8 @@ def blamed(nodes, found, silent=(), status=1):
 
 def test_the_command_finished():
     assert judge(TWO, results(a=0, b=0), [], 0) == Outcome(0)
+    assert judge(TWO, results(a=0, b=0), [], 137) == Outcome(0)  # srun did not hear of it
+    assert judge(TWO, results(a=0, b=None), [], 137) == Outcome(137)
 
 
 def test_srun_ends_the_other_launchers_of_a_run_that_stopped_early():
