@@ -89,9 +89,14 @@ def assert_same_state(path: Path, reference: Path) -> None:
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert torch.equal(ours[key], value), key
+    weights, expected = (load_file(folder / "model" / "model.safetensors") for folder in (path, reference))
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
 
 
 CASES = [(precision, optimizer) for precision in ("bf16", "fp32") for optimizer in ("adamw", "adamw8bit", "lion8bit")]
+CASES.append(("bf16", "lion"))
 
 
 @pytest.mark.slow

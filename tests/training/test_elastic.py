@@ -79,6 +79,7 @@ def take_over(path, options):
         pytest.param("fp32", "adamw8bit", marks=pytest.mark.slow),
         pytest.param("bf16", "lion8bit", marks=pytest.mark.slow),
         pytest.param("bf16", "adamw", marks=pytest.mark.slow),
+        pytest.param("bf16", "lion", marks=pytest.mark.slow),
     ],
 )
 def test_a_chain_through_all_stages_changes_nothing(precision, optimizer, tmp_path):
