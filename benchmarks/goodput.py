@@ -1,7 +1,8 @@
 """A week of failures in compressed time: the real trainer killed and resumed, beside the model behind `dlm goodput`.
 
     python -m benchmarks.goodput [--seconds 600] [--between-failures 60] [--intervals 3 8 20] [--seed 0] [--quick]
-                                 [--folder DIR] [--output FILE] [--picture FILE.svg]
+                                 [--slurm-restart FILE] [--weeks FILE] [--folder DIR] [--output FILE]
+                                 [--picture FILE.svg]
 
 For each interval between checkpoints one run of `launcher/pretrain.py` (a tiny RWKV-7, one rank, asynchronous saves) is
 killed with SIGKILL at exponentially drawn times, in training, in saves and in starts alike, and started again at once
@@ -11,9 +12,11 @@ start. Two predictions: for the very failures that happened, with the time that 
 of the measured share, or the share of one interval, which a failure just before or behind a save decides about), and
 for failures drawn anew 1,000 times (goal: the measured share lies among the middle 95 %).
 
-Then the figure for clusters of 8 to 1,024 nodes with a node failing every 264 days: what a start was measured to take
-here plus what is assumed about a cluster (`ASSUMED`), and checkpoints of a 70 B model at a stated storage rate. Goal:
-at least 97 % productive at 512 nodes. Needs matplotlib for the picture. Ends with one line of JSON.
+Then the figure for clusters of 8 to 1,024 nodes with a node failing every 264 days: requeue and start as measured on
+the local SLURM cluster (--slurm-restart: the record of benchmarks.slurm_restart; else a start of these runs), what
+is assumed about a cluster (`ASSUMED`), and checkpoints of a 70 B model at a stated storage rate. Goal: at least 97 %
+productive at 512 nodes. --weeks takes the runs of an earlier record, and computes and draws the rest anew. Needs
+matplotlib for the picture. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -67,9 +70,8 @@ ASSUMED = {
     "bytes_per_parameter": 14.0,  # fp32 master and two moments, and the model in bf16
     "storage_bytes_per_second": 50e9,  # all nodes together; BLOOM wrote 2.3 TB in 40 s, 57e9
     "copy_bytes_per_second_per_node": 10e9,  # device to pinned host memory, eight devices
-    "detect_seconds": 60.0,  # until the end of a process, or of a node, ends the job
-    "requeue_seconds": 60.0,
-    "rendezvous_seconds": 60.0,  # connecting all ranks, which one rank does not show
+    "detect_seconds": 300.0,  # SlurmdTimeout's default, as if every failure were the death of a node
+    "rendezvous_seconds": 60.0,  # connecting all ranks, which two do not show
     "hang_share": 0.05,
     "hang_minutes": 10.0,
 }
@@ -255,6 +257,13 @@ def compare(run: Run, found: dict[str, Any], failures: list[Failure]) -> dict[st
     }
 
 
+def write_rows(folder: Path) -> None:
+    """A data set of 256 rows of 64 bytes."""
+    tokenizer = load("bytes")
+    text = "".join(f"{i:06d} a row of text that is cut at 64 bytes. " for i in range(512))
+    write_source(folder, np.stack([tokenizer.encode(text[64 * i : 64 * (i + 1)]) for i in range(256)]), tokenizer)
+
+
 def step_time(folder: Path, data: Path, seconds: float) -> float:
     """Seconds of a step of a run that nobody kills for a while."""
     folder.mkdir()
@@ -266,7 +275,7 @@ def step_time(folder: Path, data: Path, seconds: float) -> float:
 
 
 def cluster(nodes: int, start: float, assumed: dict[str, float] = ASSUMED) -> Run:
-    """A run on a cluster that saves at its best interval; `start` seconds of a start as measured here."""
+    """A run on a cluster that saves at its best interval; requeue and start take `start` seconds, as measured here."""
     size = assumed["parameters"] * assumed["bytes_per_parameter"]
     transfer = size / assumed["storage_bytes_per_second"]
     run = Run(
@@ -274,7 +283,7 @@ def cluster(nodes: int, start: float, assumed: dict[str, float] = ASSUMED) -> Ru
         interval=1.0,
         stall=size / nodes / assumed["copy_bytes_per_second_per_node"],
         write=transfer,
-        restart=assumed["requeue_seconds"] + start + assumed["rendezvous_seconds"] + transfer,
+        restart=start + assumed["rendezvous_seconds"] + transfer,
         detect=assumed["detect_seconds"],
         hang_share=assumed["hang_share"],
         hang_detect=60.0 * assumed["hang_minutes"],
@@ -332,12 +341,12 @@ def draw_picture(result: dict[str, Any], path: Path) -> None:
     for row in result["cluster"]["runs"]:
         run = Run(**{name: row[name] for name in Run.__dataclass_fields__})
         intervals = np.geomspace(60, 4 * 3600, 60)
-        (line,) = left.plot(intervals / 60, [100 * expected_share(replace(run, interval=x)) for x in intervals])
+        shares = [100 * expected_share(replace(run, interval=x)) for x in intervals]
+        (line,) = left.plot(intervals / 60, shares, label=f"{run.nodes} nodes")
         left.plot(run.interval / 60, 100 * row["simulated_shares"]["productive"], "o", color=line.get_color())
-        place = (run.interval / 60, 100 * row["expected_share"])
-        left.annotate(f"{run.nodes} nodes", place, (0, 5), textcoords="offset points", fontsize=8, ha="center")
     left.axhline(100 * GOAL, color="grey", linestyle=":")
     left.set(xscale="log", ylim=(85, 100), xlabel="minutes of training between saves", ylabel="productive time (%)")
+    left.legend(fontsize=8, loc="lower left")
     left.set_title(f"lines: exact; dots: {WEEKS} simulated weeks at the best interval", fontsize=9)
     weeks = result["weeks"]
     places = np.arange(len(weeks))
@@ -382,6 +391,23 @@ def print_tables(result: dict[str, Any]) -> None:
     print(f"512 nodes: {100 * found['share_at_512']:.2f} % (goal: at least {100 * GOAL:g} %)")
 
 
+def run_weeks(options: argparse.Namespace) -> dict[str, Any]:
+    """The record of the runs with failures."""
+    folder = Path(tempfile.mkdtemp(prefix="goodput-benchmark-", dir=options.folder)).resolve()
+    try:
+        write_rows(folder / "train")
+        step = step_time(folder / "free", folder / "train", 40.0)
+        weeks = [
+            week(folder / f"week-{i}", folder / "train", interval, step, options)
+            for i, interval in enumerate(options.intervals)
+        ]
+    finally:
+        shutil.rmtree(folder)
+    settings = {name: getattr(options, name) for name in ("seconds", "between_failures", "seed")}
+    measured_on = {**describe(torch.device("cpu")), "load_average": os.getloadavg()}
+    return {"benchmark": "goodput", **measured_on, **settings, "draws": DRAWS, "weeks": weeks}
+
+
 def main(arguments: list[str]) -> int:
     """Print the tables and one line of JSON."""
     parser = argparse.ArgumentParser(prog="benchmarks.goodput", description=__doc__)
@@ -390,32 +416,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--intervals", type=float, nargs="+", default=[3.0, 8.0, 20.0], help="seconds between saves")
     parser.add_argument("--seed", type=int, default=0, help="of the failures")
     parser.add_argument("--quick", action="store_true", help="one run of 75 s: shows that it runs")
+    parser.add_argument("--slurm-restart", type=Path, metavar="FILE", help="record of benchmarks.slurm_restart")
+    parser.add_argument("--weeks", type=Path, metavar="FILE", help="a record whose runs are not to be made again")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where the runs are (default: here)")
     parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
     parser.add_argument("--picture", type=Path, help="draw this file (SVG)")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seconds, options.between_failures, options.intervals = 75.0, 40.0, [2.0]
-    folder = Path(tempfile.mkdtemp(prefix="goodput-benchmark-", dir=options.folder)).resolve()
-    try:
-        tokenizer = load("bytes")
-        text = "".join(f"{i:06d} a row of text that is cut at 64 bytes. " for i in range(512))
-        rows = np.stack([tokenizer.encode(text[64 * i : 64 * (i + 1)]) for i in range(256)])
-        write_source(folder / "train", rows, tokenizer)
-        step = step_time(folder / "free", folder / "train", 40.0)
-        weeks = [
-            week(folder / f"week-{i}", folder / "train", interval, step, options)
-            for i, interval in enumerate(options.intervals)
-        ]
-    finally:
-        shutil.rmtree(folder)
-    start = statistics.fmean(found["restart_seconds"] for found in weeks)
-    result: dict[str, Any] = {"weeks": weeks, "cluster": cluster_figures(start)}
+    record = run_weeks(options) if options.weeks is None else json.loads(options.weeks.read_text())
+    start = statistics.fmean(found["restart_seconds"] for found in record["weeks"])
+    if options.slurm_restart is not None:
+        parts = json.loads(options.slurm_restart.read_text())["seconds"]
+        start = parts["requeue"]["median"] + parts["start"]["median"]
+    result: dict[str, Any] = {**record, "cluster": cluster_figures(start)}
     print_tables(result)
     if options.picture is not None:
         draw_picture(result, options.picture)
-    settings = {name: getattr(options, name) for name in ("seconds", "between_failures", "seed")}
-    line = json_line({"benchmark": "goodput", **describe(torch.device("cpu")), **settings, "draws": DRAWS, **result})
+    line = json_line(result)
     print(line)
     if options.output is not None:
         options.output.write_text(line + "\n")

@@ -11,11 +11,20 @@ from launcher.cli import build_parser
 from launcher.pretrain import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-COMMANDS = [line.strip() for kind, block in BLOCKS if not kind for line in block.splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("dlm ")])
+def _blocks(page: str) -> list[tuple[str, str]]:
+    return re.findall(r"```(\w*)\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def _commands(page: str) -> list[str]:
+    return [line.strip() for kind, block in _blocks(page) if not kind for line in block.splitlines() if line.strip()]
+
+
+BLOCKS, COMMANDS = _blocks("README.md"), _commands("README.md")
+
+
+@pytest.mark.parametrize("command", [c for c in [*COMMANDS, *_commands("docs/slurm.md")] if c.startswith("dlm ")])
 def test_dlm_commands_parse(command):
     assert callable(build_parser().parse_args(shlex.split(command)[1:]).run)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import goodput
+from benchmarks import goodput, slurm_restart
 from benchmarks.goodput import Life, kept_steps, measured
 
 
@@ -86,6 +86,29 @@ def test_the_tables_and_the_picture(run, figure, tmp_path, capsys):
     assert "512 nodes: " in capsys.readouterr().out
     goodput.draw_picture(result, tmp_path / "picture.svg")
     assert "1024 nodes" in (tmp_path / "picture.svg").read_text()
+
+
+def test_the_runs_of_a_record_are_not_made_again(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(goodput, "WEEKS", 2)
+    found = measured(LIVES, run)
+    model = goodput.compare(goodput.Run(1, 4.0, 0.25, 5.0, 0.25, node_mtbf=10.0), found, [])
+    record = {"benchmark": "goodput", "weeks": [{"interval_seconds": 4.0, **found, "model": model}]}
+    (tmp_path / "weeks.json").write_text(json.dumps(record))
+    parts = {name: {"median": value} for name, value in (("detect", 1.0), ("requeue", 3.0), ("start", 50.0))}
+    (tmp_path / "restart.json").write_text(json.dumps({"seconds": parts}))
+    options = ["--weeks", str(tmp_path / "weeks.json"), "--slurm-restart", str(tmp_path / "restart.json")]
+    assert goodput.main(options) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["weeks"] == json.loads(json.dumps(record["weeks"]))
+    assert result["cluster"]["start_seconds"] == 53.0
+
+
+def test_the_steps_of_an_attempt_are_counted_in_the_log_of_its_first_rank(tmp_path):
+    assert slurm_restart._steps(tmp_path, 7, 0) == 0
+    (tmp_path / "logs" / "7_0").mkdir(parents=True)
+    lines = ["note: x", "step 1/9  loss 1.0", "step 1  saved x: 1 MB in 0.1 s", "step 2/9  loss 0.9"]
+    (tmp_path / "logs" / "7_0" / "rank-00000.n1.log").write_text("\n".join(lines))
+    assert slurm_restart._steps(tmp_path, 7, 0) == 2
 
 
 @pytest.mark.slow
