@@ -1,8 +1,8 @@
 """One rank of a world that trains, saves, loads and saves again: `python -m ... JOBS.json`.
 
-A job is {"settings": [...], "from": a checkpoint or null, "to": folder, "steps": n}: a tiny engine, loaded or new,
-which takes n steps and is saved with an average of its weights; rank 0 leaves what `load_shards` said in
-`to`/report.json.
+A job is {"settings": [...], "from": a checkpoint or null, "to": folder, "steps": n, "first": m}: a tiny engine, loaded
+or new, which takes n steps from step m on (0 where it is left out) and is saved with an average of its weights; rank 0
+leaves what `load_shards` said in `to`/report.json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def run(job: dict[str, Any]) -> None:
     if source is not None:
         average.load(source)
     # Every rank reads the same rows, so the same steps mean the same gradients in every world.
-    for step in range(job["steps"]):
+    first = job.get("first", 0)
+    for step in range(first, first + job["steps"]):
         run_steps(engine, step, 1, accumulation=plan.gradient_accumulation_steps)
         average.update(8 * (step + 1), 8)
     writer = CheckpointWriter(Path(job["to"]))
