@@ -246,7 +246,7 @@ class TrainerSystem:
             host_group=torch.distributed.new_group(backend="gloo") if device.type == "cuda" else None,
             read_ahead=ReadAhead(
                 data.prepare(config, device),
-                plan.global_batch_size,
+                plan.size_at,
                 config.data.read_ahead_steps,
                 config.data.loader_threads,
             ),

@@ -86,11 +86,16 @@ def _order(name: str, sizes: Sequence[int], weights: Sequence[float], seed: int)
 
 
 class ReadAhead(Generic[Step]):
-    """Prepared steps in order: `prepare(data_pos)` runs in threads, a few steps ahead of the consumer."""
+    """Prepared steps in order: `prepare(data_pos)` runs in threads, a few steps ahead of the consumer.
 
-    def __init__(self, prepare: Callable[[int], Step], samples_per_step: int, depth: int, num_threads: int) -> None:
+    `size_at(data_pos)`: how many samples the step there holds.
+    """
+
+    def __init__(
+        self, prepare: Callable[[int], Step], size_at: Callable[[int], int], depth: int, num_threads: int
+    ) -> None:
         self._prepare = prepare
-        self._samples_per_step = samples_per_step
+        self._size_at = size_at
         self._depth = max(1, depth)
         self._pool = ThreadPoolExecutor(max_workers=max(1, num_threads), thread_name_prefix="read-ahead")
         self._queue: deque[Future[Step]] = deque()
@@ -107,7 +112,7 @@ class ReadAhead(Generic[Step]):
         """The step at the current position; errors of the reading thread are raised here."""
         while len(self._queue) < self._depth:
             self._queue.append(self._pool.submit(self._prepare, self._next_pos))
-            self._next_pos += self._samples_per_step
+            self._next_pos += self._size_at(self._next_pos)
         return self._queue.popleft().result()
 
     def close(self) -> None:

@@ -114,10 +114,15 @@ class TrainSection(Section):
         default=None, description="passes over the training data (epochs); this or max_steps"
     )
     global_batch_size: Positive = Field(description="rows per optimizer step over all ranks (samples)")
+    batch_size_ramp: tuple[tuple[Positive, Positive], ...] = Field(
+        default=(),
+        description="other sizes at the start, as [data position, rows per step], the position rising: a step that "
+        "begins before it has that many rows; those behind the last one have global_batch_size",
+    )
     change_batch_size: bool = Field(
         default=False,
-        description="a resume may change global_batch_size: it goes on at the same sample and step, and the learning "
-        "rate stays the function of the step that it was",
+        description="a resume may change global_batch_size and batch_size_ramp: it goes on at the same sample and "
+        "step, and the learning rate stays the function of the step that it was",
     )
     micro_batch_size: Positive | None = Field(
         default=None,
@@ -187,6 +192,22 @@ class TrainSection(Section):
                 if value is not None
             )
             yield about("train.global_batch_size", self.global_batch_size, f"expected a multiple of {factors}")
+        yield from self._ramp_mistakes()
+
+    def _ramp_mistakes(self) -> Iterator[Mistake]:
+        ramp, micro = self.batch_size_ramp, self.micro_batch_size
+        if ramp and self.gradient_accumulation_steps is not None:
+            yield about(
+                "train.gradient_accumulation_steps",
+                self.gradient_accumulation_steps,
+                "expected null, since train.batch_size_ramp changes it on the way: give train.micro_batch_size",
+            )
+        for number, (position, size) in enumerate(ramp):
+            key, phase = f"train.batch_size_ramp.{number}", [position, size]
+            if number and position <= ramp[number - 1][0]:
+                yield about(key, phase, f"expected a position above {ramp[number - 1][0]}")
+            if size % (micro or 1):
+                yield about(key, phase, f"expected rows that are a multiple of train.micro_batch_size ({micro})")
 
 
 class OptimizerSection(Section):
@@ -463,11 +484,33 @@ def _deepspeed_is_free(parts: Mapping[str, Any]) -> Iterator[Mistake]:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimizer step is cut: global = micro * accumulation * data-parallel ranks (samples)."""
+    """How one optimizer step is cut: global = micro * accumulation * data-parallel ranks (samples).
+
+    `ramp`: (data position, size) pairs: steps of that size begin before that position; behind the last one, and where
+    there is none, they have the global batch size. What a step holds is thus a function of its first sample alone: one
+    that passes a border keeps its size, the next one begins where it ends.
+    """
 
     global_batch_size: int
     micro_batch_size: int
     gradient_accumulation_steps: int
+    ramp: tuple[tuple[int, int], ...] = ()
+
+    def size_at(self, data_pos: int) -> int:
+        """Samples of the step whose first one is number `data_pos`."""
+        return next((size for end, size in self.ramp if data_pos < end), self.global_batch_size)
+
+    def steps_between(self, data_pos: int, end: int) -> int:
+        """Whole steps from sample `data_pos` on that take none from `end` on."""
+        count = 0
+        for border, size in (*self.ramp, (end, self.global_batch_size)):
+            begun = max(0, -(-(min(border, end) - data_pos) // size))
+            whole = min(begun, max(0, end - data_pos) // size)
+            count += whole
+            data_pos += whole * size
+            if whole < begun:
+                break
+        return count
 
 
 def resolve_batch(train: TrainSection, world_size: int) -> BatchPlan:
@@ -498,7 +541,15 @@ def resolve_batch(train: TrainSection, world_size: int) -> BatchPlan:
                 + " * ".join([*given, f"{world_size} ranks"])
             ]
         )
-    return BatchPlan(total, micro, accumulation)
+    for number, (position, size) in enumerate(train.batch_size_ramp):
+        if size % (micro * world_size):
+            raise ConfigError(
+                [
+                    f"train.batch_size_ramp.{number} is [{position}, {size}]: expected rows that are a multiple of "
+                    f"train.micro_batch_size = {micro} * {world_size} ranks"
+                ]
+            )
+    return BatchPlan(total, micro, accumulation, train.batch_size_ramp)
 
 
 def _qwen3_sizes(model: Mapping[str, Any]) -> dict[str, Any]:

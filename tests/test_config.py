@@ -550,6 +550,54 @@ def test_batch_sizes_that_do_not_multiply(write, micro, accumulation, world_size
     assert sentence in caught.value.mistakes[0]
 
 
+def test_a_ramp_of_batch_sizes(write):
+    ramp = ["train.micro_batch_size=2", "train.gradient_accumulation_steps=null", "train.global_batch_size=24"]
+    plan = resolve_batch(load_config(write(RWKV7), [*ramp, "train.batch_size_ramp=[[9, 4], [25, 8]]"]).train, 2)
+    assert plan == BatchPlan(24, 2, 6, ((9, 4), (25, 8)))
+    # 9 is no multiple of 4: the step that passes the border keeps its size, the next one begins where it ends.
+    spans, position = [], 0
+    while position < 100:
+        spans.append((position, plan.size_at(position)))
+        position += spans[-1][1]
+    assert spans == [(0, 4), (4, 4), (8, 4), (12, 8), (20, 8), (28, 24), (52, 24), (76, 24)]
+    for start, _ in spans:
+        for end in range(start, 110):
+            whole = sum(start <= first and first + size <= end for first, size in spans)
+            if end < 100:
+                assert plan.steps_between(start, end) == whole, (start, end)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["train.batch_size_ramp=[[9, 4], [9, 8]]"], "train.batch_size_ramp.1 is [9, 8]: expected a position above 9"),
+        (
+            ["train.batch_size_ramp=[[9, 3]]"],
+            "[9, 3]: expected rows that are a multiple of train.micro_batch_size (2)",
+        ),
+        (
+            ["train.batch_size_ramp=[[9, 4]]", "train.gradient_accumulation_steps=12"],
+            "train.gradient_accumulation_steps is 12: expected null, since train.batch_size_ramp changes it",
+        ),
+    ],
+)
+def test_ramps_that_are_none(write, changes, sentence):
+    batch = ["train.global_batch_size=24", "train.micro_batch_size=2", "train.gradient_accumulation_steps=null"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(RWKV7), [*batch, *changes])
+    assert any(sentence in mistake for mistake in caught.value.mistakes)
+
+
+def test_a_ramp_that_the_ranks_do_not_divide(write):
+    batch = ["train.micro_batch_size=2", "train.gradient_accumulation_steps=null", "train.global_batch_size=24"]
+    config = load_config(write(RWKV7), [*batch, "train.batch_size_ramp=[[9, 4], [24, 6]]"])
+    with pytest.raises(ConfigError) as caught:
+        resolve_batch(config.train, 2)
+    assert list(caught.value.mistakes) == [
+        "train.batch_size_ramp.1 is [24, 6]: expected rows that are a multiple of train.micro_batch_size = 2 * 2 ranks"
+    ]
+
+
 def _train(write, micro, accumulation):
     values = {"global_batch_size": 24, "micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
     overrides = [f"train.{name}={'null' if value is None else value}" for name, value in values.items()]

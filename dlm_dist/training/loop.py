@@ -216,6 +216,9 @@ class Trainer:
         verdict = None
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             self.clock.enter("forward")
+            last = number == len(batch.micro_batches)
+            # Said, not left to DeepSpeed's count: steps of a ramp differ in their number of micro-batches.
+            self.engine.set_gradient_accumulation_boundary(last)
             inputs = on_device(micro_batch, self.device)
             if by_time is None:
                 loss_sum = self.engine(**inputs, **extra)
@@ -224,7 +227,7 @@ class Trainer:
                 buckets = by_time[number - 1].to(self.device, non_blocking=True)
                 sums[1:] += sum_by_bucket(losses * inputs["weights"], buckets)
             sums[0] += loss_sum.detach()
-            if number == len(batch.micro_batches):
+            if last:
                 verdict = self._agree(sums, totals, progress)
                 if verdict.refused is not None:
                     # Every wrapper leaves out an update whose gradient is not finite, and cleans up behind it.
@@ -278,7 +281,7 @@ class Trainer:
 
     def _advance(self, progress: Progress, totals: StepTotals, skipped: str | None) -> None:
         progress.step += 1
-        progress.data_pos += self.plan.global_batch_size
+        progress.data_pos += self.plan.size_at(progress.data_pos)
         progress.tokens_seen += totals.row_tokens
         progress.skips_in_a_row = 0 if skipped is None else progress.skips_in_a_row + 1
         progress.skipped_steps += skipped is not None

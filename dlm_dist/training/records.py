@@ -94,6 +94,9 @@ class StartRecord:
             f"rows x {plan.gradient_accumulation_steps} = {plan.global_batch_size} rows of "
             f"{config.data.sequence_length} tokens",
         ]
+        if plan.ramp:
+            phases = ", ".join(f"{size} before sample {end:,}" for end, size in plan.ramp)
+            lines.append(f"  at the start steps of fewer or more rows: {phases}")
         for group in self.parameter_groups:
             decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
             lines.append(

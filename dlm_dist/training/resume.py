@@ -17,6 +17,8 @@ from dlm_dist.config import ConfigError, RunConfig
 from dlm_dist.training import checkpoint, checkpoint_files
 from dlm_dist.training.lease import Lease, LeaseError
 
+_BATCH_SIZE, _RAMP = "train.global_batch_size", "train.batch_size_ramp"
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -132,6 +134,8 @@ def _identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
     objective = {key: value for key, value in tree["objective"].items() if key not in ("l2wrap", "z_loss")}
     kept = ("random_length_prob", "random_length_group", "isolate_documents", "max_samples", "order")
     data = {key: tree["data"][key] for key in kept}
+    # Named only where there is one: older checkpoints know nothing of it.
+    ramp = {_RAMP: tree["train"]["batch_size_ramp"]} if config.train.batch_size_ramp else {}
     return {
         "run.seed": config.run.seed,
         **{f"model.{key}": value for key, value in model.items()},
@@ -140,7 +144,8 @@ def _identity(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
         "data.train": [
             [source.fingerprint, entry.weight] for source, entry in zip(sources, config.data.train, strict=True)
         ],
-        "train.global_batch_size": config.train.global_batch_size,
+        _BATCH_SIZE: config.train.global_batch_size,
+        **ramp,
         "train.precision": config.train.precision,
         "optimizer.name": config.optimizer.name,
     }
@@ -151,21 +156,22 @@ def require_same(
 ) -> list[str]:
     """Raises ConfigError that names every key in which the run differs from the checkpoint -> notes.
 
-    With `change_batch_size` (the option of that name) the global batch size may differ, and is noted. `fallbacks` that
-    made a difference are told with it.
+    With `change_batch_size` (the option of that name) the global batch size and its ramp may differ, and are noted.
+    `fallbacks` that made a difference are told with it.
     """
-    saved, batch_size = resumed.state["identity"], "train.global_batch_size"
+    saved = resumed.state["identity"]
     differences = {
         key: f"{key} is {identity.get(key)!r}, the checkpoint was trained with {saved.get(key)!r}"
         for key in sorted({*identity, *saved})
         if identity.get(key) != saved.get(key)
     }
     advice = dict.fromkeys(differences, "set it back, or start a new run")
-    advice[batch_size] = "set it back, or ask for the change with train.change_batch_size=true"
     notes = []
-    if change_batch_size and batch_size in differences:
-        step, position = resumed.state["global_step"], resumed.state["data_pos"]
-        notes = [f"{differences.pop(batch_size)}: changed from step {step}, data_pos {position} on, as asked"]
+    for key in sorted(differences.keys() & {_BATCH_SIZE, _RAMP}):
+        advice[key] = "set it back, or ask for the change with train.change_batch_size=true"
+        if change_batch_size:
+            step, position = resumed.state["global_step"], resumed.state["data_pos"]
+            notes.append(f"{differences.pop(key)}: changed from step {step}, data_pos {position} on, as asked")
     if differences:
         raise ConfigError(
             [*(f"{difference}: {advice[key]}" for key, difference in differences.items()), *fallbacks],

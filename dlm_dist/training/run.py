@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import ReadAhead, SampleStream
-from dlm_dist.config import ConfigError, RunConfig, resolve_batch
+from dlm_dist.config import BatchPlan, ConfigError, RunConfig, resolve_batch
 from dlm_dist.diffusion.mask_noise import WithMaskNoise
 from dlm_dist.training import checkpoint
-from dlm_dist.training.batches import prepare_step
+from dlm_dist.training.batches import RankStep, prepare_step
 from dlm_dist.training.callbacks import Callbacks, SideInputs
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.engine import build_engine
@@ -89,7 +89,7 @@ def _train(
     skip = skip_list(config.data.skip, resumed)
     stream = SampleStream(sources, weights, config.run.seed, skip, config.data.max_samples, config.data.order)
     progress = Progress() if resumed is None else Progress.from_state(resumed.state)
-    max_steps = _total_steps(config, stream, progress)
+    max_steps = _total_steps(config, plan, stream, progress)
     notes += profile_notes(config.logging.profile, progress.step, world, device)
     backend, wkv7_fallbacks = wkv7_backend(config, device)
     attention, attention_fallbacks = attention_kernel(config, device)
@@ -133,12 +133,15 @@ def _train(
         record.write(config)
         log = _open_log(config, progress, max_steps, resumed)
         log.console.line(record.headline(config))
-    size, pin = config.train.global_batch_size, device.type == "cuda"
+    pin = device.type == "cuda"
+
+    def prepare(data_pos: int) -> RankStep:
+        positions = stream.positions(data_pos, plan.size_at(data_pos))
+        return prepare_step(stream.read, with_choices(objective, progress), positions, plan, rank, world, pin)
+
     read_ahead = ReadAhead(
-        lambda pos: prepare_step(
-            stream.read, with_choices(objective, progress), stream.positions(pos, size), plan, rank, world, pin
-        ),
-        size,
+        prepare,
+        plan.size_at,
         config.data.read_ahead_steps,
         config.data.loader_threads,
     )
@@ -199,17 +202,17 @@ def _train(
             log.close(finished)
 
 
-def _total_steps(config: RunConfig, stream: SampleStream, progress: Progress) -> int:
+def _total_steps(config: RunConfig, plan: BatchPlan, stream: SampleStream, progress: Progress) -> int:
     """Optimizer steps of the whole run; ConfigError where train.max_epochs makes none, or fewer than the warm-up.
 
-    The steps behind `progress` may have been of another size (train.change_batch_size).
+    The steps behind `progress` may have been of other sizes (train.change_batch_size).
     """
     settings = config.train
     if settings.max_steps is not None:
         return settings.max_steps
     assert settings.max_epochs is not None
     samples = int(settings.max_epochs * stream.epoch_length)
-    steps = progress.step + max(0, samples - progress.data_pos) // settings.global_batch_size
+    steps = progress.step + plan.steps_between(progress.data_pos, samples)
     least = max(1, config.optimizer.warmup_steps)
     if steps < least:
         raise ConfigError(

@@ -29,7 +29,7 @@ def data(tmp_path_factory):
     return runs.build_data(tmp_path_factory.mktemp("data"))
 
 
-def kill_twice_and_compare(settings, folder, ranks):
+def kill_twice_and_compare(settings, folder, ranks, samples=96):
     """One run to the end, one killed between checkpoints 4 and 8 and again behind 8; every step must agree."""
     reference, killed = folder / "reference", folder / "killed"
     runs.train(settings(reference), ranks)
@@ -41,7 +41,7 @@ def kill_twice_and_compare(settings, folder, ranks):
     runs.assert_same_steps(killed, reference)
     # The killed runs crossed a border between two epochs before, between and behind the kills.
     state = load_trainer_state(reference / "checkpoints" / "step-12")
-    assert state["data_pos"] == 96
+    assert state["data_pos"] == samples
     assert state["epoch"] >= 2
 
 
@@ -56,6 +56,37 @@ def test_resume_is_exact(stage, optimizer, backbone, data, tmp_path):
         return runs.overrides(data, run, backbone, logging__every=3, **changes)
 
     kill_twice_and_compare(settings, tmp_path, ranks=2)
+
+
+RAMP = {
+    "train__micro_batch_size": 2,
+    "train__gradient_accumulation_steps": None,
+    "train__global_batch_size": 16,
+    "train__batch_size_ramp": "[[14,4],[40,8]]",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_resume_in_a_ramp_of_batch_sizes_is_exact(stage, data, tmp_path):
+    """Four steps of 4, three of 8, then 16; killed among those of 8."""
+    kill_twice_and_compare(lambda run: runs.overrides(data, run, zero__stage=stage, **RAMP), tmp_path, 2, samples=120)
+    ends = [record["data_pos"] for record in runs.metrics(tmp_path / "killed")]
+    assert ends == [4, 8, 12, 16, 24, 32, 40, 56, 72, 88, 104, 120]
+
+
+@pytest.mark.slow
+def test_a_ramp_goes_on_with_other_ranks(data, tmp_path):
+    reference, grown = tmp_path / "reference", tmp_path / "grown"
+    runs.train(runs.overrides(data, reference, **RAMP), ranks=2)
+    runs.train_and_kill(runs.overrides(data, grown, **RAMP), grown, at_step=6, ranks=1)
+    runs.train(runs.overrides(data, grown, zero__stage=3, **RAMP), ranks=2, resume="auto")
+    for key in ("data_pos", "positions", "rows_sha256", "noise_sha256", "lr"):
+        one, other = ([record[key] for record in runs.metrics(run)] for run in (reference, grown))
+        assert one == other, key
+    refused = runs.attempt(runs.overrides(data, grown, **(RAMP | {"train__batch_size_ramp": "[]"})), 1, "auto")
+    assert refused.returncode != 0
+    assert "train.batch_size_ramp is None, the checkpoint was trained with [[14, 4], [40, 8]]: set it" in refused.stdout
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ class PlainEngine(SimpleNamespace):
         self.calls.append(inputs)
         return self.module(**inputs)
 
+    def set_gradient_accumulation_boundary(self, is_boundary):
+        pass
+
     def backward(self, loss, scale_wrt_gas):
         loss.backward()
 
