@@ -22,7 +22,6 @@ from tests.distributed import runs
 from tests.faults import starts
 
 DEFAULT_KILLS = 204
-STEPS = 60
 EVERY = 3
 KEEP_LAST = 2
 LAUNCHED_SHARE = 0.06
@@ -51,6 +50,7 @@ class Setting:
     ranks: int
     backbone: str
     kills: int
+    steps: int = 60
 
     def __str__(self) -> str:
         mode = "async" if self.asynchronous else "sync"
@@ -216,8 +216,19 @@ class Chain:
 
             pause = uniform(0, self.pace.save)
         elif aim == "publish":
-            final = folder / f"step-{before.newest + count * EVERY}"
-            occurs = final.exists
+            step = before.newest + count * EVERY
+            final = folder / f"step-{step}"
+
+            def being_written() -> bool:
+                names = os.listdir(folder) if folder.is_dir() else []
+                return any(name.startswith(f".step-{step}.") for name in names if name not in before.staging)
+
+            def occurs() -> bool:
+                # No rest from here on: what follows the rename is short.
+                while not final.exists() and being_written() and start.running():
+                    pass
+                return final.exists()
+
             pause = self.draw.choice([0.0, uniform(0, self.pace.save / 4)])
         else:
             occurs = lambda: start.output().count("\nstep ") >= 3 * count  # noqa: E731
@@ -230,8 +241,7 @@ class Chain:
                 assert time.monotonic() < deadline, f"never came to {aim}: {start.output()[-4000:]}"
                 if not start.running():
                     return
-            if aim != "publish":
-                time.sleep(0.0005)
+            time.sleep(0.0005)
         moment = time.monotonic() + pause
         while time.monotonic() < moment:
             if pause > 0.01:
@@ -267,14 +277,14 @@ class Chain:
             for key in runs.EXACT:
                 assert record[key] == truth[key], f"step {record['step']}: {key} {record[key]}, unharmed {truth[key]}"
         if finished:
-            assert len(after.lines) == STEPS
+            assert len(after.lines) == self.setting.steps
 
     def check_end(self, reference: Path) -> None:
         """The run is the one that was left alone, to the bit, and everything it did twice is on record."""
         runs.assert_same_steps(self.run, reference)
-        kept = sorted(path.name for path in (self.run / "checkpoints").iterdir())
-        assert kept == sorted(f"step-{STEPS - i * EVERY}" for i in range(KEEP_LAST))
-        mine, other = (run / "checkpoints" / f"step-{STEPS}" for run in (self.run, reference))
+        kept, last = sorted(path.name for path in (self.run / "checkpoints").iterdir()), self.setting.steps
+        assert kept == sorted(f"step-{last - i * EVERY}" for i in range(KEEP_LAST))
+        mine, other = (run / "checkpoints" / f"step-{last}" for run in (self.run, reference))
         assert checkpoint_files.verify(mine) == checkpoint_files.verify(other) == []
         assert checkpoint_files.read_manifest(mine) == checkpoint_files.read_manifest(other)
         for kind in ("evaluations", "samples"):

@@ -1,7 +1,9 @@
 """What the server of forked starts imports before its first fork. It must start no thread: a fork would lose it."""
 
 import logging
+import os
 
+os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import bitsandbytes  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,38 +36,60 @@ class Report:
         self.cases.append({"group": group, "case": case, "outcome": outcome})
 
     def kills(self) -> list[dict[str, Any]]:
-        """All kills that hit a living run, each with the setting of its chain."""
-        return [
-            {**chain["setting"], **kill}
-            for chain in self.chains
-            for kill in chain["kills"]
-            if kill["phase"] != "finished"
-        ]
+        """See `kills_of`."""
+        return kills_of(self.chains)
 
     def content(self) -> dict[str, Any]:
         """What goes into the files."""
-        kills = self.kills()
-        return {
-            "benchmark": "faults",
-            **machine.describe(torch.device("cpu")),
-            "seed": SEED,
-            "seconds": round(time.monotonic() - self.started),
-            "kills": len(kills),
-            "kills_by_phase": count(kills, "phase"),
-            "resumes_checked": sum(chain["resumes"] for chain in self.chains),
-            "steps_repeated": sum(kill["repeated"] for kill in kills),
-            "failed": self.failed,
-            "chains": self.chains,
-            "cases": self.cases,
-        }
+        here = machine.describe(torch.device("cpu"))
+        seconds = round(time.monotonic() - self.started)
+        return {"benchmark": "faults", **here, "seed": SEED, "seconds": seconds} | summary(
+            self.failed, self.chains, self.cases
+        )
 
     def write(self) -> str:
         """Write both files -> the Markdown."""
-        text = markdown(self.content(), self.kills())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.content(), indent=1) + "\n")
-        self.path.with_suffix(".md").write_text(text)
-        return text
+        return write(self.content(), self.path)
+
+
+def kills_of(chains: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """All kills that hit a living run, each with the setting of its chain."""
+    return [{**chain["setting"], **kill} for chain in chains for kill in chain["kills"] if kill["phase"] != "finished"]
+
+
+def summary(
+    failed: Sequence[str], chains: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What was done, and its sums."""
+    kills = kills_of(chains)
+    return {
+        "kills": len(kills),
+        "kills_by_phase": count(kills, "phase"),
+        "resumes_checked": sum(chain["resumes"] for chain in chains),
+        "steps_repeated": sum(kill["repeated"] for kill in kills),
+        "failed": list(failed),
+        "chains": list(chains),
+        "cases": list(cases),
+    }
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The report of a campaign that was run in parts on one machine, with one seed, at one commit."""
+    assert len({(part["seed"], part["commit"], str(part["versions"])) for part in parts}) == 1
+    whole: dict[str, list[Any]] = {
+        key: [one for part in parts for one in part[key]] for key in ("failed", "chains", "cases")
+    }
+    commands = "; ".join(part["command"] for part in parts)
+    return {**parts[0], "command": commands, "seconds": sum(part["seconds"] for part in parts)} | summary(**whole)
+
+
+def write(content: Mapping[str, Any], path: Path) -> str:
+    """Write `content` to `path` as JSON, and beside it as Markdown -> the Markdown."""
+    text = markdown(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text)
+    return text
 
 
 def count(kills: Iterable[Mapping[str, Any]], key: str) -> dict[str, int]:
@@ -80,8 +103,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     return [*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)]
 
 
-def markdown(content: Mapping[str, Any], kills: Sequence[Mapping[str, Any]]) -> str:
+def markdown(content: Mapping[str, Any]) -> str:
     """The report for people."""
+    kills = kills_of(content["chains"])
     hardware, versions = content["hardware"], content["versions"]
     lines = [
         "# Fault campaign",
@@ -142,3 +166,9 @@ def stage_rows(kills: Sequence[Mapping[str, Any]], optimizers: Sequence[str]) ->
         two = sum(kill["ranks"] == 2 for kill in here)
         rows.append([stage, *(sum(kill["optimizer"] == name for kill in here) for name in optimizers), two])
     return rows
+
+
+if __name__ == "__main__":
+    # python -m tests.faults.report PART.json... WHOLE.json
+    *sources, target = (Path(name) for name in sys.argv[1:])
+    print(write(joined([json.loads(path.read_text()) for path in sources]), target))

@@ -18,7 +18,6 @@ from tests.faults.campaign import (
     EVERY,
     KEEP_LAST,
     PHASES,
-    STEPS,
     Chain,
     Pace,
     Setting,
@@ -34,7 +33,7 @@ CAMPAIGN = [pytest.mark.faults, pytest.mark.slow, pytest.mark.distributed, pytes
 
 def arguments(setting, data, run, **changes):
     """Overrides of a run of `setting` in `run`, with what else a run records between steps."""
-    common = {"train__max_steps": STEPS, "zero__stage": setting.stage, "optimizer__name": setting.optimizer}
+    common = {"train__max_steps": setting.steps, "zero__stage": setting.stage, "optimizer__name": setting.optimizer}
     common |= {"checkpoint__every": EVERY, "checkpoint__keep_last": KEEP_LAST, "logging__every": 1}
     common |= {"checkpoint__asynchronous": setting.asynchronous, "model__direction": "bidirectional"}
     if not setting.asynchronous:
@@ -54,7 +53,7 @@ def leave_alone(setting, data, folder):
     assert start.wait() == [0] * setting.ranks, start.output()[-6000:]
     records = runs.metrics(run)
     save = float(start.output().rpartition(" MB in ")[2].split()[0])
-    return run, Pace(load, sorted(record["step_seconds"] for record in records)[STEPS // 2], save)
+    return run, Pace(load, sorted(record["step_seconds"] for record in records)[len(records) // 2], save)
 
 
 def under_fire(setting, data, folder):
@@ -115,7 +114,7 @@ def test_what_a_kill_has_left_says_what_it_hit(tmp_path):
 
 def test_a_few_kills(data, tmp_path):
     """The campaign in small, in `make test`: enough to know that its parts work."""
-    for chain in under_fire(Setting(1, "adamw8bit", True, 1, "qwen3", 2), data, tmp_path):
+    for chain in under_fire(Setting(1, "adamw8bit", True, 1, "qwen3", kills=2, steps=15), data, tmp_path):
         assert len(chain.kills) >= 1
 
 
