@@ -74,13 +74,13 @@ def summary(
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The report of a campaign that was run in parts on one machine, with one seed, at one commit."""
-    assert len({(part["seed"], part["commit"], str(part["versions"])) for part in parts}) == 1
+    """The report of a campaign that was run in parts, on one machine with one seed and the same versions."""
+    assert len({(part["seed"], str(part["hardware"]), str(part["versions"])) for part in parts}) == 1
     whole: dict[str, list[Any]] = {
         key: [one for part in parts for one in part[key]] for key in ("failed", "chains", "cases")
     }
-    commands = "; ".join(part["command"] for part in parts)
-    return {**parts[0], "command": commands, "seconds": sum(part["seconds"] for part in parts)} | summary(**whole)
+    texts = {key: "; ".join(dict.fromkeys(part[key] for part in parts)) for key in ("commit", "command")}
+    return {**parts[0], **texts, "seconds": sum(part["seconds"] for part in parts)} | summary(**whole)
 
 
 def write(content: Mapping[str, Any], path: Path) -> str:
