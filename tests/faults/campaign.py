@@ -28,7 +28,7 @@ LAUNCHED_SHARE = 0.06
 """Of the starts that are done by the real launcher, each of which costs ten times as much."""
 ONE_RANK_SHARE = 0.3
 """Of the kills on two ranks that hit one of them only."""
-AIMS = {"load": 0.25, "save": 0.2, "publish": 0.2, "step": 0.15, "any": 0.2}
+AIMS = {"start": 0.1, "load": 0.15, "save": 0.15, "manifest": 0.15, "publish": 0.15, "step": 0.15, "any": 0.15}
 PHASES = (
     "before the lease",
     "loading",
@@ -143,6 +143,8 @@ class Kill:
 class Pace:
     """Seconds of an undisturbed start, from which random moments are drawn."""
 
+    lease: float = 0.1
+    """Until the lease is taken."""
     load: float = 1.0
     step: float = 0.05
     save: float = 0.05
@@ -200,9 +202,10 @@ class Chain:
         """Return at the moment of the kill, or when the start has ended."""
         count, uniform = self.draw.randint(1, 3), self.draw.uniform
         folder = self.run / "checkpoints"
-        if aim == "any":
+        if aim in ("start", "any"):
             occurs: Callable[[], bool] = lambda: True  # noqa: E731
-            pause = uniform(0, self.pace.load + 3 * EVERY * self.pace.step)
+            whole = self.pace.load + 3 * EVERY * self.pace.step
+            pause = uniform(0, self.pace.lease if aim == "start" else whole)
         elif aim == "load":
             occurs = lambda: lease_number(self.run) > before.lease  # noqa: E731
             pause = uniform(0, self.pace.load)
@@ -215,18 +218,19 @@ class Chain:
                 return len(known - before.staging) >= count
 
             pause = uniform(0, self.pace.save)
-        elif aim == "publish":
+        elif aim in ("manifest", "publish"):
             step = before.newest + count * EVERY
             final = folder / f"step-{step}"
 
-            def being_written() -> bool:
+            def being_written() -> list[str]:
                 names = os.listdir(folder) if folder.is_dir() else []
-                return any(name.startswith(f".step-{step}.") for name in names if name not in before.staging)
+                return [name for name in names if name.startswith(f".step-{step}.") and name not in before.staging]
 
             def occurs() -> bool:
-                # No rest from here on: what follows the rename is short.
-                while not final.exists() and being_written() and start.running():
-                    pass
+                # No rest from here on: what comes before the rename, and behind it, is short.
+                while not final.exists() and (names := being_written()) and start.running():
+                    if aim == "manifest" and (folder / names[0] / checkpoint_files.MANIFEST).exists():
+                        return True
                 return final.exists()
 
             pause = self.draw.choice([0.0, uniform(0, self.pace.save / 4)])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from tests.faults.campaign import PHASES
+from tests.faults.campaign import PHASES, Setting
 
 SEED = int(os.environ.get("FAULT_SEED", "20261121"))
 
@@ -74,13 +74,25 @@ def summary(
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The report of a campaign that was run in parts, on one machine with one seed and the same versions."""
+    """The report of a campaign that was run in parts, on one machine with one seed and the same versions.
+
+    What failed in one part and went well in another is told as `repeated`.
+    """
     assert len({(part["seed"], str(part["hardware"]), str(part["versions"])) for part in parts}) == 1
     whole: dict[str, list[Any]] = {
         key: [one for part in parts for one in part[key]] for key in ("failed", "chains", "cases")
     }
+    done = {name_of_test(chain["setting"]) for chain in whole["chains"]}
+    repeated = [name for name in whole["failed"] if name in done]
+    whole["failed"] = [name for name in whole["failed"] if name not in done]
     texts = {key: "; ".join(dict.fromkeys(part[key] for part in parts)) for key in ("commit", "command")}
-    return {**parts[0], **texts, "seconds": sum(part["seconds"] for part in parts)} | summary(**whole)
+    seconds = sum(part["seconds"] for part in parts)
+    return {**parts[0], **texts, "seconds": seconds} | summary(**whole) | {"repeated": repeated}
+
+
+def name_of_test(setting: Mapping[str, Any]) -> str:
+    """The test of a chain."""
+    return f"test_kills_at_random_moments[{Setting(**setting)}]"
 
 
 def write(content: Mapping[str, Any], path: Path) -> str:
@@ -119,6 +131,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"**{len(content['failed'])} failures.**" + "".join(f"\n- FAILED {name}" for name in content["failed"]),
         "",
     ]
+    if content.get("repeated"):
+        names = ", ".join(dict.fromkeys(content["repeated"]))
+        lines += [f"Repeated, since a first try came to no end: {names}.", ""]
     if kills:
         lines += [
             f"## {len(kills)} SIGKILLs in {len(content['chains'])} runs",

@@ -22,6 +22,7 @@ from tests.faults.campaign import (
     Pace,
     Setting,
     View,
+    lease_number,
     phase,
     plan,
 )
@@ -47,13 +48,16 @@ def leave_alone(setting, data, folder):
     settings = arguments(setting, data, run, checkpoint__every=None)
     start = starts.begin("forked", settings, None, folder / "reference.log", setting.ranks)
     begun = time.monotonic()
+    while not lease_number(run) and start.running():
+        time.sleep(0.002)
+    lease = time.monotonic() - begun
     while "\nstep 1/" not in start.output() and start.running():
         time.sleep(0.01)
     load = time.monotonic() - begun
     assert start.wait() == [0] * setting.ranks, start.output()[-6000:]
     records = runs.metrics(run)
     save = float(start.output().rpartition(" MB in ")[2].split()[0])
-    return run, Pace(load, sorted(record["step_seconds"] for record in records)[len(records) // 2], save)
+    return run, Pace(lease, load, sorted(record["step_seconds"] for record in records)[len(records) // 2], save)
 
 
 def under_fire(setting, data, folder):
