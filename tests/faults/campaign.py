@@ -176,7 +176,7 @@ class Chain:
         try:
             if kill:
                 self._await_moment(start, aim, before)
-                target = self._strike(start)
+                target = self._strike(start, before)
             statuses = start.wait()
         finally:
             start.kill()
@@ -251,8 +251,10 @@ class Chain:
             if pause > 0.01:
                 time.sleep(0.001)
 
-    def _strike(self, start: starts.Start) -> str:
-        if self.setting.ranks > 1 and self.draw.random() < ONE_RANK_SHARE:
+    def _strike(self, start: starts.Start, before: View) -> str:
+        """SIGKILL to all, or to one rank if the ranks have met: until then only a launcher can end the others."""
+        met = lease_number(self.run) > before.lease
+        if self.setting.ranks > 1 and met and self.draw.random() < ONE_RANK_SHARE:
             rank = self.draw.randrange(self.setting.ranks)
             if start.kill_rank(rank):
                 return f"rank {rank}"
