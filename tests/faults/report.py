@@ -133,7 +133,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     ]
     if content.get("repeated"):
         names = ", ".join(dict.fromkeys(content["repeated"]))
-        lines += [f"Repeated, since a first try came to no end: {names}.", ""]
+        lines += [f"Stopped by hand or by a limit of time in one part, and done in another: {names}.", ""]
     if kills:
         lines += [
             f"## {len(kills)} SIGKILLs in {len(content['chains'])} runs",
