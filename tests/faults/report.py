@@ -131,6 +131,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"**{len(content['failed'])} failures.**" + "".join(f"\n- FAILED {name}" for name in content["failed"]),
         "",
     ]
+    if content.get("note"):
+        lines += [content["note"], ""]
     if content.get("repeated"):
         names = ", ".join(dict.fromkeys(content["repeated"]))
         lines += [f"Stopped by hand or by a limit of time in one part, and done in another: {names}.", ""]
@@ -184,6 +186,7 @@ def stage_rows(kills: Sequence[Mapping[str, Any]], optimizers: Sequence[str]) ->
 
 
 if __name__ == "__main__":
-    # python -m tests.faults.report PART.json... WHOLE.json
-    *sources, target = (Path(name) for name in sys.argv[1:])
-    print(write(joined([json.loads(path.read_text()) for path in sources]), target))
+    # python -m tests.faults.report NOTE PART.json... WHOLE.json
+    note, *sources, target = sys.argv[1:]
+    whole = joined([json.loads(Path(name).read_text()) for name in sources])
+    print(write(whole | {"note": note}, Path(target)))
