@@ -62,6 +62,10 @@ def _lines(status: Status) -> Iterator[str]:
         yield f"  loss {status.loss:.4f}, {status.skipped_steps} steps skipped, {status.rollbacks} rollbacks"
     if status.starts > 1:
         yield f"  {status.starts} starts so far"
+    if status.attempt is not None:
+        yield f"  {status.attempt}"
+    if status.excluded:
+        yield f"  left out from now on: {', '.join(status.excluded)}"
     for text in status.behind:
         yield f"  behind: {text}"
     for text in status.asked:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dlm_dist.runs.folder import newest_records, read_config, require_run, starts
+from dlm_dist.training.chain import Chain
 from dlm_dist.training.checkpoint_files import list_checkpoints, step_of
 from dlm_dist.training.lease import EXPIRY_SECONDS, Owner, last_owner
 from dlm_dist.training.switches import DONE, SAVE, STOP
@@ -62,6 +63,10 @@ class Status:
     """What people have asked of it by marker files and it has not done yet."""
     silent_for: float | None
     """Seconds since the last sign of life of a run that has not ended by itself."""
+    attempt: str | None
+    """What the last job of a chain came to, a phrase; None while one is at work."""
+    excluded: tuple[str, ...]
+    """Nodes that the chain leaves out."""
 
 
 def read_status(run: Path, now: float | None = None) -> Status:
@@ -83,7 +88,7 @@ def read_status(run: Path, now: float | None = None) -> Status:
     state, why = _state(run, held, beats, saved, max_steps, now)
     alive = state in ("running", "starting")
     found = laggards(beats, now) if state == "running" else []
-    each = _seconds_per_step(records)
+    each, chain = _seconds_per_step(records), Chain(run)
     return Status(
         path=str(run),
         state=state,
@@ -105,6 +110,8 @@ def read_status(run: Path, now: float | None = None) -> Status:
         behind=tuple(_described(beat, now) for beat in found),
         asked=tuple(text for name, text in _ASKED.items() if (run / name).exists() and alive),
         silent_for=now - max(signs) if state in ("silent", "killed") and signs else None,
+        attempt=None if alive else _last_attempt(chain),
+        excluded=tuple(chain.excluded()),
     )
 
 
@@ -145,6 +152,16 @@ def _state(
     if alive is None:
         return "silent", f"it was {owner}"
     return "killed", f"it was {owner}"
+
+
+def _last_attempt(chain: Chain) -> str | None:
+    attempts = chain.attempts()
+    if not attempts:
+        return None
+    last = attempts[-1]
+    end = "was killed, or its node died" if last.status is None else f"ended with status {last.status}"
+    blamed = "".join(f"; node {node}: {why.splitlines()[0]}" for node, why in last.blamed.items())
+    return f"attempt {last.name} on {','.join(last.nodes)} {end}{blamed}"
 
 
 def _text(path: Path) -> str:

@@ -17,6 +17,7 @@ import pytest
 from data_pipeline.shards import write_source
 from data_pipeline.tokenizers import load
 from dlm_dist.runs.status import read_status
+from dlm_dist.training.chain import Chain, Outcome
 from dlm_dist.training.lease import Owner
 from tests.commands import dlm, mistake
 from tests.distributed import runs
@@ -171,6 +172,21 @@ def test_the_last_step_is_the_end(run):
     manifest["starts"][-1]["max_steps"] = read_status(run).checkpoint
     (run / "manifest.json").write_text(json.dumps(manifest))
     assert read_status(run).state == "finished"
+
+
+def test_what_the_chain_of_jobs_knows(run, capsys):
+    chain = Chain(run)
+    for name in ("7_0", "7_1"):
+        chain.begin(name, ["n1", "n2"])
+        chain.end(name, Outcome(1, {"n2": "a rank ended with status 1: no\nGPU"}), told=False)
+    assert dlm("status", run) == 0
+    text = capsys.readouterr().out
+    assert "  attempt 7_1 on n1,n2 ended with status 1; node n2: a rank ended with status 1: no\n" in text
+    assert "  left out from now on: n2\n" in text
+    chain.begin("7_2", ["n1"])
+    assert read_status(run).attempt == "attempt 7_2 on n1 was killed, or its node died"
+    now = change_lease(run, host="elsewhere")
+    assert read_status(run, now).attempt is None
 
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
