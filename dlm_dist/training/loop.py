@@ -165,10 +165,11 @@ class Trainer:
         reason, spike = self._judge(verdict, norm, progress)
         if batch.time_buckets is not None and verdict.refused is None:
             add_by_time(progress, verdict.nats_by_time, totals.tokens_by_time)
+        before = progress.data_pos
         self._advance(progress, totals, reason)
         if self.average is not None and reason is None and spike is None:
             with self.clock.during("optimizer"):
-                self.average.update(progress.data_pos, self.plan.global_batch_size)
+                self.average.update(progress.data_pos, progress.data_pos - before)
         measured = self.figures.measured(progress, norm if reason is None else None, self.host_group)
         phases = self.clock.take()
         if self.log is not None:
