@@ -6,7 +6,9 @@ files before it are void; so curves neither double nor have a second branch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,15 @@ _FLUSH_SECONDS = 1
 
 
 class TensorBoard:
-    """A sink of events below `folder`, for a run that goes on behind `start_step`; steps that `every` divides."""
+    """A sink of events below `folder`, for a run that goes on behind `start_step`; steps that `every` divides.
+
+    Events are made and written by a thread, in order; what goes wrong there is raised by a later call.
+    """
 
     def __init__(self, folder: Path, start_step: int, every: int) -> None:
         self._folder, self._every = folder, every
+        self._thread = ThreadPoolExecutor(1, "tensorboard")
+        self._pending: deque[Future[None]] = deque()
         self._open(start_step)
 
     def _open(self, step: int) -> None:
@@ -36,23 +43,34 @@ class TensorBoard:
     def step(self, record: Mapping[str, Any]) -> None:
         """The numbers of one optimizer step."""
         if record["step"] % self._every == 0:
-            _add(self._train, record)
+            self._do(_add, self._train, record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """The numbers of an evaluation, by time too."""
-        _add(self._validation, record)
+        self._do(_add, self._validation, record)
 
     def sample(self, record: Mapping[str, Any]) -> None:
         """A generated text."""
-        self._validation.add_text("sample", record["text"], record["step"])
+        self._do(self._validation.add_text, "sample", record["text"], record["step"])
 
     def rolled_back(self, step: int, to_step: int, why: str) -> None:
         """Go on behind `to_step`."""
-        self.close(finished=False)
+        self._close()
         self._open(to_step)
 
     def close(self, finished: bool) -> None:
         """Write what is left."""
+        self._close()
+        self._thread.shutdown()
+
+    def _do(self, call: Callable[..., None], *arguments: Any) -> None:
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(call, *arguments))
+
+    def _close(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
         self._train.close()
         self._validation.close()
 

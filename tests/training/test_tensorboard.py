@@ -53,6 +53,13 @@ def test_without_the_note_they_would_double(tmp_path, monkeypatch):
     assert len(curve(tmp_path / "train", "loss")) > 8
 
 
+def test_what_goes_wrong_in_its_thread_is_raised(tmp_path):
+    board = TensorBoard(tmp_path, start_step=0, every=1)
+    board.sample({"step": "no number", "text": "words"})
+    with pytest.raises(ValueError, match="no number"):
+        board.close(finished=False)
+
+
 def test_steps_in_between_are_left_out(tmp_path):
     board = TensorBoard(tmp_path, start_step=0, every=3)
     for step in range(1, 8):
