@@ -17,6 +17,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -229,8 +230,6 @@ def _warn_of_loopback(place: Place) -> None:
     """Ranks on a CPU meet at the address of their host's name, unless GLOO_SOCKET_IFNAME names an interface."""
     if place.nodes == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    import socket
-
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError as error:

@@ -144,14 +144,16 @@ def test_of_two_chains_on_a_run_one_works_and_the_other_says_why_not(cluster, da
     wait_for_step(cluster, run, 2)
     second = submit(cluster, run, data, "--nodes=1", "--array=0-1%1", **endless)
     cluster.wait_until_over(second, 120)
-    (run / "STOP").touch()
+    cluster.run("scancel", str(first))
     cluster.wait_until_over(first, 60)
     others = [path.read_text() for path in sorted(tmp_path.glob(f"run.{second}_*.out"))]
     assert len(others) == 2
     for text in others:
         assert "not started, another chain is at work: run.dir" in text
         assert "is in use by process" in text
-    assert [(attempt.name, attempt.status) for attempt in Chain(run).attempts()] == [(f"{first}_0", 75)]
+    (attempt,) = Chain(run).attempts()
+    assert (attempt.name, attempt.status, attempt.told) == (f"{first}_0", 75, True)
+    assert attempt.reached == runs.last_step(run)
 
 
 def test_a_cut_between_nodes_ends_the_job_and_the_chain_goes_on_after_the_repair(cluster, data, reference, tmp_path):
