@@ -18,27 +18,23 @@ shakespeare/tiny_shakespeare.txt, for gpt2 peps/peps.jsonl and tok_gpt2/.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import paired_runs
 from benchmarks.machine import describe
+from benchmarks.paired_runs import evaluations, interval, metrics, span
 from dlm_dist.training.metrics import json_line
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs/directions")
-
-# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
-_STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 SEED_ARMS = {
     "causal": [],
@@ -187,63 +183,9 @@ def run_folder(name: str, arm: str, seed: int) -> Path:
 
 
 def train(name: str, experiment: Experiment, plan: dict[str, Any], seed: int, threads: int) -> None:
-    """One run to its end, through the launcher that users start; nothing where it is finished.
-
-    Raises ValueError where the folder holds a run of another configuration.
-    """
+    """Make one run of a plan, unless it is there."""
     folder = run_folder(name, plan["arm"], seed)
-    require_same_run(folder, experiment, plan, seed)
-    if last_evaluation(folder) == plan["steps"]:
-        return
-    launcher = Path(sysconfig.get_path("scripts")) / "deepspeed"
-    command = [str(launcher), "--num_gpus", "1", "--master_port", str(_free_port()), "launcher/pretrain.py"]
-    command += ["--config", str(experiment.config), "--resume", "auto", f"run.dir={folder}", f"run.seed={seed}"]
-    command += [f"train.cpu_threads={threads}", *plan["overrides"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
-        print(f"{plan['arm']}, seed {seed}: {plan['steps']} steps", flush=True)
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-
-
-def require_same_run(folder: Path, experiment: Experiment, plan: dict[str, Any], seed: int) -> None:
-    """Raise ValueError where `folder` holds a run that `plan` would not make: its numbers are of something else."""
-    from dlm_dist.config import load_config
-
-    if not (folder / "config.yaml").exists():
-        return
-    there = load_config(folder / "config.yaml").model_dump(mode="json")
-    wanted = load_config(experiment.config, [f"run.seed={seed}", *plan["overrides"]]).model_dump(mode="json")
-    for section, values in wanted.items():
-        if not isinstance(values, dict) or section == "logging":
-            continue
-        for key, value in values.items():
-            # Where a run lives, how many threads it has, and what the data decides are not its identity.
-            if value is not None and key not in ("dir", "cpu_threads") and there[section].get(key) != value:
-                raise ValueError(
-                    f"{folder} holds a run with {section}.{key} = {there[section].get(key)}, and this one has {value}: "
-                    "remove the folder to run it anew"
-                )
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run so far."""
-    path = folder / "evaluations.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def last_evaluation(folder: Path) -> int | None:
-    """The step of the newest evaluation; None if there is none."""
-    found = evaluations(folder)
-    return int(found[-1]["step"]) if found else None
+    paired_runs.train(experiment.config, folder, seed, plan["overrides"], plan["steps"], threads)
 
 
 # --- outcome ---------------------------------------------------------------------------------------------------
@@ -256,7 +198,7 @@ def summary(name: str, plans: list[dict[str, Any]], seeds: Sequence[int]) -> dic
     arms = []
     for plan in plans:
         curves = [evaluations(run_folder(name, plan["arm"], seed)) for seed in seeds]
-        metrics = [_metrics(run_folder(name, plan["arm"], seed)) for seed in seeds]
+        metrics = [metrics(run_folder(name, plan["arm"], seed)) for seed in seeds]
         assert all(curve[-1]["step"] == plan["steps"] for curve in curves)
         final = [curve[-1]["bound_nats_per_token"] for curve in curves]
         arms.append(
@@ -275,30 +217,6 @@ def summary(name: str, plans: list[dict[str, Any]], seeds: Sequence[int]) -> dic
     return {"benchmark": f"directions {name}", "seeds": list(seeds), "machine": describe(device), "arms": arms}
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def interval(differences: Sequence[float]) -> dict[str, float | None]:
-    """Mean of paired differences and its 95 % interval (Student's t); no interval for a single pair."""
-    count = len(differences)
-    mean = statistics.fmean(differences)
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None}
-    # With more pairs than the table knows the interval is a little too wide, never too narrow.
-    half = _STUDENT_T[min(count - 1, len(_STUDENT_T)) - 1] * statistics.stdev(differences) / math.sqrt(count)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def verdict(difference: dict[str, float | None]) -> str:
-    """Better (a lower bound), worse, or undecided, by the rule that was fixed beforehand."""
-    if difference["low"] is None or difference["high"] is None:
-        return "one seed"
-    if difference["high"] < 0:
-        return "better"
-    return "worse" if difference["low"] > 0 else "undecided"
-
-
 def table(result: dict[str, Any]) -> str:
     """One line an arm."""
     lines = [f"{'arm':<26}{'steps':>7}{'FLOPs':>8}{'train loss':>12}{'held-out bound':>16}   difference from causal"]
@@ -306,9 +224,7 @@ def table(result: dict[str, Any]) -> str:
         line = f"{arm['arm']:<26}{arm['steps']:>7}{arm['flops_ratio']:>8.3f}"
         line += f"{statistics.fmean(arm['train_loss_last_50']):>12.4f}{arm['mean']:>16.4f}"
         if "difference" in arm:
-            d = arm["difference"]
-            span = "" if d["low"] is None else f" [{d['low']:+.4f}, {d['high']:+.4f}]"
-            line += f"   {d['mean']:+.4f}{span} {verdict(d)}"
+            line += f"   {span(arm['difference'])}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import directions
+from benchmarks import directions, paired_runs
 from dlm_dist.config import load_config, to_yaml
 
 
 def test_the_interval_is_students() -> None:
     values = [0.1, 0.3, 0.2]
-    found = directions.interval(values)
+    found = paired_runs.interval(values)
     half = 4.303 * statistics.stdev(values) / 3**0.5
     assert found == {
         "mean": pytest.approx(0.2),
         "low": pytest.approx(0.2 - half),
         "high": pytest.approx(0.2 + half),
     }
-    wide = directions.interval([float(i) for i in range(40)])
+    wide = paired_runs.interval([float(i) for i in range(40)])
     assert wide["high"] - wide["mean"] > 1.96 * statistics.stdev(range(40)) / 40**0.5
-    assert directions.interval([0.5]) == {"mean": 0.5, "low": None, "high": None}
+    assert paired_runs.interval([0.5]) == {"mean": 0.5, "low": None, "high": None}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_the_interval_is_students() -> None:
     ],
 )
 def test_a_verdict_needs_an_interval_without_zero(values: list[float], said: str) -> None:
-    assert directions.verdict(directions.interval(values)) == said
+    assert paired_runs.verdict(paired_runs.interval(values)) == said
 
 
 def test_equal_compute_is_equal_within_three_percent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,15 +62,14 @@ def test_equal_compute_is_equal_within_three_percent(monkeypatch: pytest.MonkeyP
 def test_the_runs_of_another_plan_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(directions.ROOT)
     experiment = directions.EXPERIMENTS["characters"]
-    plan = {"arm": "causal", "overrides": [], "steps": 200}
-    directions.require_same_run(tmp_path, experiment, plan, 1)
+    paired_runs.require_same_run(tmp_path, experiment.config, 1, [])
     resolved = ["run.seed=1", "model.vocab_size=80", "data.sequence_length=64", "train.cpu_threads=1"]
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(experiment.config, resolved)))
-    directions.require_same_run(tmp_path, experiment, plan, 1)
+    paired_runs.require_same_run(tmp_path, experiment.config, 1, [])
     with pytest.raises(ValueError, match=r"optimizer\.lr = 0\.002, and this one has 1e-05: remove the folder"):
-        directions.require_same_run(tmp_path, experiment, plan | {"overrides": ["optimizer.lr=1e-5"]}, 1)
+        paired_runs.require_same_run(tmp_path, experiment.config, 1, ["optimizer.lr=1e-5"])
     with pytest.raises(ValueError, match=r"run\.seed = 1, and this one has 2"):
-        directions.require_same_run(tmp_path, experiment, plan, 2)
+        paired_runs.require_same_run(tmp_path, experiment.config, 2, [])
 
 
 def test_the_summary_pairs_seeds_and_wants_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
