@@ -265,6 +265,16 @@ class ZeroSection(Section):
         default=2,
         description="what is split over ranks: 0 nothing, 1 optimizer states, 2 + gradients, 3 + weights",
     )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        default="none",
+        description="cpu: masters and optimizer states live in host memory and the CPU makes the update (ZeRO-Offload); "
+        "of stages 1 to 3",
+    )
+
+    def contradictions(self) -> Iterator[Mistake]:
+        if self.offload_optimizer != "none" and self.stage == 0:
+            expected = "expected none, since zero.stage is 0: DeepSpeed offloads from stage 1 on"
+            yield about("zero.offload_optimizer", self.offload_optimizer, expected)
 
 
 class CheckpointSection(Section):
@@ -365,6 +375,8 @@ _OWNED_BY_US = {
     "communication_data_type": "train.precision",
     "zero_allow_untested_optimizer": "optimizer.name",
     "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer": "zero.offload_optimizer",
+    "zero_force_ds_cpu_optimizer": "zero.offload_optimizer",
     "zero_optimization.compute_grad_norm": "train.gradient_clipping",
 }
 

@@ -6,6 +6,8 @@
 - fp32 stage 0 neither checks nor measures gradients: the optimizer does (optimizers.FiniteGuard).
 - Gradients accumulate in bf16 by default: fp32 where DeepSpeed can (docs/resume.md says where it cannot).
 - Buffers are cast to bf16 with the weights (rotary frequencies among them): they stay fp32.
+- Offload keeps the gradients of a skipped step, NaN and all: forgotten.
+- Offload wants an Adam of DeepSpeed's own, compiled at the start: ours updates on the CPU as fast, from the same states.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ def deepspeed_config(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
         "data_types": {"keep_in_fp32_modules": ["*"]},
         "steps_per_print": 2**62,
     }
+    if config.zero.offload_optimizer != "none":
+        offload = {"device": config.zero.offload_optimizer, "pin_memory": True}
+        result["zero_optimization"]["offload_optimizer"] = offload
+        result["zero_force_ds_cpu_optimizer"] = False
     if stage == 2:
         result["zero_optimization"] |= zero_speed.STAGE_2_SETTINGS
     if bf16 and stage > 0:
@@ -77,6 +83,7 @@ def build_engine(
         model=model, optimizer=optimizer, config=deepspeed_config(config, plan), dist_init_required=False
     )
     zero_speed.leave_out_repeated_work(engine)
+    zero_state.forget_skipped_gradients(engine)
     zero_state.clear_optimizer_state(engine)
     if config.train.precision != "fp32":
         zero_state.write_masters(engine, unrounded)

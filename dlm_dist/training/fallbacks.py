@@ -23,6 +23,8 @@ def with_optimizer_that_runs(config: RunConfig, device: torch.device) -> tuple[R
     name = config.optimizer.name
     if name not in IN_32_BITS:
         return config, []
+    if config.zero.offload_optimizer == "cpu":
+        device = torch.device("cpu")
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, eight_bit_problem(name, device))
     found = [f"on rank {rank} {problem}" for rank, problem in enumerate(problems) if problem is not None]

@@ -186,6 +186,7 @@ def conversion_notes(resumed: Resume, topology: Mapping[str, Any], loaded: check
         return []
     before, here = (
         f"{place['world_size']} rank{'s' if place['world_size'] > 1 else ''} at ZeRO-{place['zero_stage']}"
+        + (" with offload" if _offload(place) != "none" else "")
         for place in (resumed.state["topology"], topology)
     )
     eight_bit = ""
@@ -214,11 +215,18 @@ def average_notes(resumed: Resume, half_life: int | None) -> list[str]:
 
 def inexact_notes(resumed: Resume, topology: Mapping[str, Any]) -> list[str]:
     """Why the resumed run may differ in the last bits from the uninterrupted one, if it may."""
-    saved = resumed.state["topology"]["torch_threads"]
-    here = topology["torch_threads"]
-    if saved == here:
-        return []
-    return [f"{here} torch threads per rank, the checkpoint was written with {saved}: sums may differ in the last bits"]
+    saved = resumed.state["topology"]
+    notes = []
+    if saved["torch_threads"] != topology["torch_threads"]:
+        notes.append(f"{topology['torch_threads']} torch threads per rank, the checkpoint {saved['torch_threads']}")
+    if _offload(saved) != _offload(topology):
+        notes.append(f"zero.offload_optimizer is {_offload(topology)}, in the checkpoint {_offload(saved)}")
+    return [f"{note}: sums may differ in the last bits" for note in notes]
+
+
+def _offload(topology: Mapping[str, Any]) -> str:
+    """zero.offload_optimizer of a topology; older checkpoints do not say that they had none."""
+    return str(topology.get("offload_optimizer", "none"))
 
 
 def topology(config: RunConfig) -> dict[str, Any]:
@@ -226,6 +234,7 @@ def topology(config: RunConfig) -> dict[str, Any]:
     return {
         "world_size": dist.get_world_size(),
         "zero_stage": config.zero.stage,
+        "offload_optimizer": config.zero.offload_optimizer,
         "precision": config.train.precision,
         "torch_threads": torch.get_num_threads(),
     }

@@ -37,7 +37,8 @@ def leave_out_repeated_work(engine: Any) -> None:
             engine.enable_backward_allreduce = False
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
         wrapper.check_overflow = _left_to_the_norm
-        if wrapper.gradient_accumulation_dtype != wrapper.dtype:
+        # With offload it keeps the norm of each parameter's gradient as that leaves the device.
+        if wrapper.gradient_accumulation_dtype != wrapper.dtype and not wrapper.cpu_offload:
             wrapper.scaled_global_norm = MethodType(_norm_of_flat_gradients, wrapper)
 
 

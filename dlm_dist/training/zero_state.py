@@ -2,8 +2,8 @@
 
 The only module that reaches into DeepSpeed's optimizer wrappers. Which wrapper runs depends on stage and
 precision (DeepSpeed 0.19): fp32 stage 0 leaves our optimizer bare, bf16 stage 0 uses FP16_UnfusedOptimizer,
-bf16 stage 1 with fp32 accumulation BF16_Optimizer, fp32 stage 1 and stage 2 DeepSpeedZeroOptimizer, stage 3
-DeepSpeedZeroOptimizer_Stage3. Each keeps its masters in other attributes, hence the upper bound on DeepSpeed's
+bf16 stage 1 with fp32 accumulation BF16_Optimizer, fp32 stage 1, stage 2 and stage 1 with offload
+DeepSpeedZeroOptimizer, stage 3 DeepSpeedZeroOptimizer_Stage3. Each keeps its masters in other attributes, hence the upper bound on DeepSpeed's
 version in setup.py; every wrapper has a test.
 """
 
@@ -158,6 +158,24 @@ def clear_optimizer_state(engine: Any) -> None:
     optimizer with every lr = 0 (so the masters do not move), call this after `initialize`, then set the rates.
     """
     base_optimizer(engine).state.clear()
+
+
+def forget_skipped_gradients(engine: Any) -> None:
+    """Stages 1 and 2 with offload: a step that was skipped leaves nothing to the next one.
+
+    DeepSpeed keeps the fp32 gradients that it has summed so far there (bf16 runs), so that one NaN would skip every
+    step from then on.
+    """
+    wrapper = engine.optimizer
+    if not isinstance(wrapper, DeepSpeedZeroOptimizer) or not wrapper.cpu_offload:
+        return
+    reset = wrapper.reset_cpu_buffers
+
+    def reset_all() -> None:
+        reset()
+        wrapper.averaged_gradients.clear()
+
+    wrapper.reset_cpu_buffers = reset_all
 
 
 @torch.no_grad()
