@@ -94,6 +94,9 @@ class SourceIndex:
             index = cls(shards=shards, **content)
         except (KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged: {error}") from error
+        for name in (name for shard in shards for name in (shard.tar, shard.idx)):
+            if not isinstance(name, str) or name == ".." or Path(name).name != name:
+                raise DataError(f"{path} names the shard file {name!r}, which is not in {folder}: it was tampered with")
         if index.fingerprint != index.computed_fingerprint():
             raise DataError(
                 f"{path} was changed after it was written: its contents do not give its fingerprint; restore it "

@@ -267,8 +267,8 @@ class ZeroSection(Section):
     )
     offload_optimizer: Literal["none", "cpu"] = Field(
         default="none",
-        description="cpu: masters and optimizer states live in host memory and the CPU makes the update (ZeRO-Offload); "
-        "of stages 1 to 3",
+        description="cpu: masters and optimizer states live in host memory and the CPU makes the update "
+        "(ZeRO-Offload, stages 1 to 3)",
     )
 
     def contradictions(self) -> Iterator[Mistake]:

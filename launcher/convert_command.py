@@ -179,7 +179,10 @@ def _described(weights: Weights[Any]) -> str:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from dlm_dist.models.comparison import compare
+    from dlm_dist.training.checkpoint_files import require_whole
 
+    for path in (arguments.source, arguments.destination):
+        require_whole(path, ("model/",))
     found = compare(arguments.source, arguments.destination, arguments.values)
     equal = all(one.status == "equal" for one in found)
     statuses = Counter(one.status for one in found)

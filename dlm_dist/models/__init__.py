@@ -25,6 +25,7 @@ from transformers.initialization import no_init_weights
 
 from dlm_dist.models.qwen3 import Qwen3DiffusionConfig, Qwen3ForDiffusion
 from dlm_dist.models.rwkv7 import RWKV7Config, RWKV7ForDiffusion
+from dlm_dist.models.weight_files import weight_files
 
 BACKBONES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "qwen3": (Qwen3DiffusionConfig, Qwen3ForDiffusion),
@@ -100,6 +101,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None, revision: str | Non
     """
     folder = model_folder(Path(path) if revision is None else _download(str(path), revision))
     config_class, model_class = _classes(folder)
+    weight_files(folder)
     config = config_class.from_pretrained(folder)
     loader: Any = model_class  # from_pretrained's annotation knows no loading info
     try:

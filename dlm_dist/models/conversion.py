@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 from dlm_dist.models import BACKBONES, model_folder, read_config, skeleton
 from dlm_dist.models.rwkv7 import RWKV7Config
 from dlm_dist.models.rwkv7_init import InitSizes, initial_value
+from dlm_dist.models.weight_files import weight_files
 
 MAX_FILE_SIZE = "5GB"
 TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -173,18 +174,8 @@ def read_their_config(folder: Path, owner: str, model_type: str, hint: str = "")
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of model.safetensors, or of the files of its index, mapped into memory. Raises ValueError."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of safetensors files: {error}") from error
-    elif single.is_file():
-        files = [single.name]
-    else:
-        raise ValueError(f"{folder} has neither {single.name} nor {index.name}: the model's weights are missing.")
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in weight_files(folder):
         tensors |= read_tensor_file(folder / file)
     return tensors
 

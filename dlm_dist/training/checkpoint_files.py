@@ -240,9 +240,12 @@ def _stray_shards(index: Path, name: str, files: Mapping[str, Any]) -> list[str]
 
 
 def require_whole(path: Path, only: tuple[str, ...] = ("model/", "tokenizer/", TRAINER_STATE)) -> None:
-    """CheckpointError if `path` is a checkpoint, or the model/ folder of one, and `only` is not what was written."""
+    """CheckpointError if `path` is a checkpoint, or the model/ folder of one, and `only` is not what was written.
+
+    A folder with a trainer_state.json counts as a checkpoint: without a manifest it was never finished.
+    """
     for folder in (path, path.parent):
-        if (folder / MANIFEST).is_file() and (folder / TRAINER_STATE).is_file():
+        if (folder / TRAINER_STATE).is_file():
             if problems := verify(folder, only=only):
                 raise CheckpointError(f"{folder} is damaged: {problems[0]}")
             return

@@ -7,7 +7,7 @@
 - Gradients accumulate in bf16 by default: fp32 where DeepSpeed can (docs/resume.md says where it cannot).
 - Buffers are cast to bf16 with the weights (rotary frequencies among them): they stay fp32.
 - Offload keeps the gradients of a skipped step, NaN and all: forgotten.
-- Offload wants an Adam of DeepSpeed's own, compiled at the start: ours updates on the CPU as fast, from the same states.
+- Offload wants an Adam of DeepSpeed's own, compiled at the start: ours updates on the CPU as fast.
 """
 
 from __future__ import annotations

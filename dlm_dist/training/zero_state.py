@@ -3,8 +3,8 @@
 The only module that reaches into DeepSpeed's optimizer wrappers. Which wrapper runs depends on stage and
 precision (DeepSpeed 0.19): fp32 stage 0 leaves our optimizer bare, bf16 stage 0 uses FP16_UnfusedOptimizer,
 bf16 stage 1 with fp32 accumulation BF16_Optimizer, fp32 stage 1, stage 2 and stage 1 with offload
-DeepSpeedZeroOptimizer, stage 3 DeepSpeedZeroOptimizer_Stage3. Each keeps its masters in other attributes, hence the upper bound on DeepSpeed's
-version in setup.py; every wrapper has a test.
+DeepSpeedZeroOptimizer, stage 3 DeepSpeedZeroOptimizer_Stage3. Each keeps its masters in other attributes, hence the
+upper bound on DeepSpeed's version in setup.py; every wrapper has a test.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def expected():
 )
 def test_figures_are_those_of_the_whole_batch_and_the_late_rank_is_named(ranks, wrappers, expected, tmp_path):
     runs.run_workers("tests.distributed.figures_worker", ranks, tmp_path, *wrappers)
-    results = torch.load(tmp_path / "figures.pt")
+    results = torch.load(tmp_path / "figures.pt", weights_only=True)
     assert list(results) == wrappers
     norms, losses = expected
     for wrapper, found in results.items():

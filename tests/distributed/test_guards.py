@@ -27,7 +27,7 @@ WORLD = 2
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guards")
     runs.run_workers("tests.distributed.guard_worker", WORLD, folder)
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

@@ -54,7 +54,7 @@ def _run(folder: Path, repeats: int) -> Results:
             process.kill()
     logs = "\n".join((folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(WORLD))
     assert codes == [0] * WORLD, logs
-    return torch.load(folder / "result.pt")
+    return torch.load(folder / "result.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")

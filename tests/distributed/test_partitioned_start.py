@@ -73,7 +73,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     ]
     outputs = [process.communicate(timeout=240)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0] * WORLD, "\n".join(text[-3000:] for text in outputs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

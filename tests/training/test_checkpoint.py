@@ -251,6 +251,9 @@ def test_commands_read_a_checkpoint_only_if_it_is_whole(copy, place):
     file.write_text(file.read_text() + " ")
     with pytest.raises(CheckpointError, match=r"step-2 is damaged: .*config.json has"):
         checkpoint_files.require_whole(copy / place)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step-2 is damaged: .*manifest.json is missing"):
+        checkpoint_files.require_whole(copy / place)
     checkpoint_files.require_whole(copy.parent)
 
 

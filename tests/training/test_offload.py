@@ -32,7 +32,10 @@ def settings(stage, precision, optimizer="adamw"):
 
 @over_stages
 def test_offload_trains_the_same(stage, precision, optimizer):
-    """From unrounded masters, by the bits of each role: to the bit where DeepSpeed measures the gradient in the same order, else but for that order in the norm."""
+    """From unrounded masters, by the bits of each role.
+
+    To the bit where DeepSpeed measures the gradient in the same order, else but for that order in the norm.
+    """
     model = tiny_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     plain, _ = tiny_engine(*settings(stage, precision, optimizer))
@@ -116,7 +119,7 @@ def gone_on(engine, folder, *options):
 
 
 def test_stage_0_cannot_offload():
-    with pytest.raises(ConfigError, match="expected none, since zero.stage is 0: DeepSpeed offloads from stage 1 on"):
+    with pytest.raises(ConfigError, match=r"expected none, since zero\.stage is 0: DeepSpeed offloads from stage 1 on"):
         tiny_config("zero.stage=0", OFFLOAD)
     with pytest.raises(ConfigError, match=r"use zero\.offload_optimizer and remove it"):
         tiny_config("deepspeed.zero_optimization.offload_optimizer.device=cpu")
