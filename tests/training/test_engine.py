@@ -113,6 +113,28 @@ def test_each_role_of_rwkv7_trains_by_its_own_rules(stage, precision):
     assert by_role["decay_base"]["lr"] == 2 * by_role["matrix"]["lr"]
 
 
+@pytest.mark.parametrize(
+    ("backbone", "stage"),
+    [
+        ("qwen3", 0),
+        ("rwkv7", 3),
+        pytest.param("rwkv7", 0, marks=pytest.mark.slow),
+        pytest.param("qwen3", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_activation_checkpointing_changes_no_bit_of_a_step(backbone, stage):
+    found = []
+    for checkpointed in (False, True):
+        model = rwkv7_model() if backbone == "rwkv7" else tiny_model()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        engine, _ = tiny_engine(*settings(stage, "fp32"), model=model)
+        found.append((run_steps(engine, 0, 2), masters(engine)))
+    (plain, values), (saving, same) = found
+    assert saving == plain, "losses and gradient norms"
+    assert all(torch.equal(same[key], value) for key, value in values.items())
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_stage_3_leaves_f_linear_alone(precision):
     before = functional.linear

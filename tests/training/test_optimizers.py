@@ -12,6 +12,7 @@ from dlm_dist.training.fallbacks import with_optimizer_that_runs
 from dlm_dist.training.lion import Lion
 from dlm_dist.training.optimizers import eight_bit_problem
 from tests.training.conftest import run_steps, tiny_config, tiny_engine
+from tests.training.test_engine import rwkv7_model
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,30 @@ def test_the_32_bit_form_trains_alike(stage, eight_bit):
         state = zero_state.optimizer_state(engine, shard)
         assert int(state.pop("step")) == 4
         assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("backbone", ["qwen3", "rwkv7"])
+def test_no_state_of_a_32_bit_role_is_quantised_by_lion(backbone, stage):
+    """AdamW8bit: test_engine.py. Roles and sizes do not go together: some vectors are large, some matrices small."""
+    settings = (f"zero.stage={stage}", "optimizer.name=lion8bit")
+    engine, table = tiny_engine(*settings, model=rwkv7_model() if backbone == "rwkv7" else None)
+    run_steps(engine, 0, 2)
+    roles = engine.module.parameter_roles()
+    seen = set()
+    for shard in zero_state.shards(engine):
+        (role,) = {roles[piece.name] for piece in shard.pieces}
+        state = zero_state.optimizer_state(engine, shard)
+        if role == "matrix":
+            assert state["state1"].dtype == torch.uint8
+            assert set(state) == {"step", "state1", "qmap1", "absmax1"}
+        else:
+            assert state["state1"].dtype == torch.float32, role
+            assert set(state) == {"step", "state1"}, role
+        assert state["state1"].numel() == shard.flat.numel()
+        seen.add(role)
+    assert seen == {row["role"] for row in table} == set(roles.values())
+    assert {row["role"] for row in table if row["optimizer_bits"] == 8} == {"matrix"}
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "lion8bit"])
