@@ -198,7 +198,7 @@ def summary(name: str, plans: list[dict[str, Any]], seeds: Sequence[int]) -> dic
     arms = []
     for plan in plans:
         curves = [evaluations(run_folder(name, plan["arm"], seed)) for seed in seeds]
-        metrics = [metrics(run_folder(name, plan["arm"], seed)) for seed in seeds]
+        records = [metrics(run_folder(name, plan["arm"], seed)) for seed in seeds]
         assert all(curve[-1]["step"] == plan["steps"] for curve in curves)
         final = [curve[-1]["bound_nats_per_token"] for curve in curves]
         arms.append(
@@ -207,7 +207,7 @@ def summary(name: str, plans: list[dict[str, Any]], seeds: Sequence[int]) -> dic
                 "final_bound": final,
                 "mean": statistics.fmean(final),
                 "standard_error_of_one_evaluation": curves[0][-1]["standard_error"],
-                "train_loss_last_50": [statistics.fmean(m["loss"] for m in steps[-50:]) for steps in metrics],
+                "train_loss_last_50": [statistics.fmean(m["loss"] for m in steps[-50:]) for steps in records],
                 "curves": [{e["step"]: e["bound_nats_per_token"] for e in curve} for curve in curves],
             }
         )
