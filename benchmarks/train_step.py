@@ -4,7 +4,7 @@
 
 Systems take turns, step by step on the same rows and masks, because machines are noisy: the figure to read is
 the ratio of times within a round. `bare` is model, loss, fp32 masters, clipping and optimizer and nothing else
-(bare_loop.py). `zero0` and `zero2` are the trainer's own loop (Trainer.step): rows read ahead from shards on disk,
+(bare_loop.py). `zero0` and `zero2` are the trainer's own loop (Stepper.step): rows read ahead from shards on disk,
 keyed noise, hashes, totals, DeepSpeed, one record to metrics.jsonl. `full logits` is the bare loop with the usual
 loss. `--parts head` takes a model most of whose work is its head (Qwen3 of 103 million parameters, 78 of them the
 embedding of 151,936 ids; 8 rows of 512 tokens a step): the bare loop with full logits, the measure there, beside ours
@@ -224,12 +224,12 @@ class TrainerSystem:
         from dlm_dist.training.checkpoint_writer import CheckpointWriter
         from dlm_dist.training.engine import build_engine
         from dlm_dist.training.guards import Guards
-        from dlm_dist.training.loop import Trainer
         from dlm_dist.training.metrics import MetricsLog
         from dlm_dist.training.phases import PhaseClock
         from dlm_dist.training.progress import Progress
         from dlm_dist.training.rank_times import RankTimes
         from dlm_dist.training.starting_model import whole_parts
+        from dlm_dist.training.step import Stepper
         from dlm_dist.training.step_figures import Pace, StepFigures
         from dlm_dist.training.stop_requests import StopRequest
         from dlm_dist.training.update_figures import UpdateMeter
@@ -237,7 +237,7 @@ class TrainerSystem:
         plan = resolve_batch(config.train, 1)
         engine, _ = build_engine(model, config, plan, whole_parts(model))
         config.run.dir.mkdir(parents=True, exist_ok=True)
-        self._trainer = Trainer(
+        self._stepper = Stepper(
             config=config,
             plan=plan,
             max_steps=config.train.max_steps or 0,
@@ -254,32 +254,27 @@ class TrainerSystem:
             head_settings=data.objective.head_settings(),
             peak_flops=peak,
             log=MetricsLog(config.run.dir, 0, 0, 2**62, None),
-            evaluate=None,
-            sample=None,
-            save=lambda progress: None,
             writer=CheckpointWriter(config.run.dir / "checkpoints"),
             alarm=lambda: None,
-            has_checkpoint=False,
-            restore=Progress,
             guards=Guards(),
             stop=StopRequest(None),
             clock=PhaseClock(device),
             figures=StepFigures(1, UpdateMeter(engine), RankTimes([""]), Pace(0), lambda data_pos: {}),
         )
         self._progress = Progress()
-        self._trainer.seek(self._progress)
+        self._stepper.seek(self._progress)
 
     def ready(self) -> None:
         """The trainer reads its rows itself."""
 
     def step(self, batch: None) -> None:
         """One iteration of the loop."""
-        self._trainer.step(self._progress)
+        self._stepper.step(self._progress)
 
     def close(self) -> None:
         """Stop the reading threads and let go of the engine."""
-        self._trainer.read_ahead.close()
-        self._trainer.engine.destroy()
+        self._stepper.read_ahead.close()
+        self._stepper.engine.destroy()
 
 
 def take_turns(systems: Mapping[str, Any], device: torch.device, warmup: int, rounds: int) -> dict[str, list[Time]]:

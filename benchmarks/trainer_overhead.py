@@ -35,7 +35,7 @@ import torch
 from benchmarks.machine import describe, in_fresh_process, spread
 from data_pipeline.build import BuildOptions, build_dataset
 from dlm_dist.config import load_config
-from dlm_dist.training import batches, loop, run
+from dlm_dist.training import batches, run, step
 from dlm_dist.training.distributed import start_distributed
 from dlm_dist.training.metrics import MetricsLog, json_line
 from dlm_dist.training.step_figures import StepFigures
@@ -160,33 +160,33 @@ class _TimedReadAhead:
 def instrumented(ledger: Ledger) -> Iterator[None]:
     """The trainer's parts report to `ledger`."""
 
-    class TimedTrainer(loop.Trainer):
+    class TimedStepper(step.Stepper):
         def step(self, progress: Any) -> Any:
             ledger.next_step()
             return super().step(progress)
 
-    def trainer(**parts: Any) -> loop.Trainer:
+    def stepper(**parts: Any) -> step.Stepper:
         timed = {"engine": _TimedEngine(parts["engine"], ledger)}
         timed["read_ahead"] = _TimedReadAhead(parts["read_ahead"], ledger)  # type: ignore[assignment]
-        return TimedTrainer(**{**parts, **timed})
+        return TimedStepper(**{**parts, **timed})
 
     beat = Watchdog._beat
     with contextlib.ExitStack() as patches:
-        patches.enter_context(patch.object(run, "Trainer", trainer))
+        patches.enter_context(patch.object(run, "Stepper", stepper))
         patches.enter_context(patch.object(run, "prepare_step", ledger.prepare))
         patches.enter_context(patch.object(Watchdog, "_beat", lambda watchdog: ledger.beat(beat, watchdog)))
         for owner, name, part in (
-            (loop, "gather_totals", "totals"),
-            (loop.Trainer, "_agree", "agree"),
-            (loop, "gradient_norm", "judge"),
-            (loop.Trainer, "_judge", "judge"),
-            (loop, "sum_by_bucket", "by time"),
-            (loop, "add_by_time", "by time"),
+            (step, "gather_totals", "totals"),
+            (step.Stepper, "_agree", "agree"),
+            (step, "gradient_norm", "judge"),
+            (step.Stepper, "_judge", "judge"),
+            (step, "sum_by_bucket", "by time"),
+            (step, "add_by_time", "by time"),
             (UpdateMeter, "_before", "updates"),
             (UpdateMeter, "_after", "updates"),
             (StepFigures, "begin", "figures"),
             (StepFigures, "measured", "figures"),
-            (loop, "speed_figures", "figures"),
+            (step, "speed_figures", "figures"),
             (MetricsLog, "step", "sinks"),
         ):
             timed = ledger.timed(part, getattr(owner, name))

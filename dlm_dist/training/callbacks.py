@@ -10,7 +10,7 @@ import torch
 from data_pipeline.loader import SampleStream
 from data_pipeline.source import Source
 from data_pipeline.tokenizer_base import Tokenizer
-from dlm_dist.config import RunConfig
+from dlm_dist.config import BatchPlan, RunConfig
 from dlm_dist.diffusion.block_diffusion import BlockDiffusion, BlockLengths, ClipRange
 from dlm_dist.diffusion.objectives import Objective
 from dlm_dist.evaluation.bound import evaluate_bound
@@ -60,6 +60,7 @@ class Callbacks:
     """Every method is collective: every rank must call. `log` is None on ranks other than 0."""
 
     config: RunConfig
+    plan: BatchPlan
     engine: Any
     device: torch.device
     source: Source
@@ -70,6 +71,11 @@ class Callbacks:
     writer: CheckpointWriter
     log: MetricsLog | None
     average: WeightAverage | None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out rows."""
+        return self.side.validation is not None
 
     def evaluate(self, progress: Progress) -> None:
         """Bound (`ar`, `card`: exact likelihood) on the held-out rows, and objective.clip_search where that is on."""
@@ -190,10 +196,10 @@ class Callbacks:
         return Progress.from_state(state)
 
     def _trainer_state(self, progress: Progress) -> dict[str, Any]:
-        size = self.config.train.global_batch_size
+        epoch = progress.data_pos // self.stream.epoch_length
         return {
-            "epoch": progress.data_pos // self.stream.epoch_length,
-            "epoch_batch": progress.data_pos % self.stream.epoch_length // size,
+            "epoch": epoch,
+            "epoch_batch": self.plan.steps_between(epoch * self.stream.epoch_length, progress.data_pos),
             **progress.as_state(),
             "skipped_ranges": [list(pair) for pair in self.stream.skip.ranges],
             "seed": self.config.run.seed,

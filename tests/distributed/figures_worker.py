@@ -26,7 +26,7 @@ from dlm_dist.training.distributed import start_distributed
 from dlm_dist.training.engine import build_engine
 from dlm_dist.training.progress import Progress
 from dlm_dist.training.starting_model import whole_parts
-from tests.distributed.guard_worker import Log, make_trainer
+from tests.distributed.guard_worker import Log, make_stepper
 from tests.training.conftest import micro_batch, tiny_config, tiny_model
 
 MICRO_BATCHES = 4
@@ -121,14 +121,14 @@ def run(stage: int, precision: str, rank: int, world: int) -> dict[str, Any]:
     engine.module.register_forward_pre_hook(delay)
     log = Log()
     told: list[str] = []
-    trainer = make_trainer(config, engine, Steps(rank, world, late, stage), log, told.append)
+    stepper = make_stepper(config, engine, Steps(rank, world, late, stage), log, told.append)
     engine.train()
     progress = Progress()
     before = masters(engine)
-    trainer.step(progress)
+    stepper.step(progress)
     moved = ratios(before, masters(engine))
     for _ in range(STEPS - 1):
-        trainer.step(progress)
+        stepper.step(progress)
     engine.destroy()
     return {"records": log.records, "told": told, "ratios": moved}
 

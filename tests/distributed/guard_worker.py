@@ -22,11 +22,11 @@ from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.distributed import start_distributed
 from dlm_dist.training.engine import build_engine
 from dlm_dist.training.guards import Guards
-from dlm_dist.training.loop import Trainer
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.progress import Progress
 from dlm_dist.training.rank_times import RankTimes
 from dlm_dist.training.starting_model import whole_parts
+from dlm_dist.training.step import Stepper
 from dlm_dist.training.step_figures import Pace, StepFigures
 from dlm_dist.training.stop_requests import StopRequest
 from dlm_dist.training.update_figures import UpdateMeter
@@ -68,12 +68,12 @@ class Steps:
         return RankStep(batches, counts, digests, (number * 8, number * 8 + 8), by_time, None)
 
 
-def make_trainer(
+def make_stepper(
     config: RunConfig, engine: Any, steps: Any, log: Log, tell: Any = None, average: WeightAverage | None = None
-) -> Trainer:
-    """The loop over `engine`, which reads `steps` and records in `log`."""
+) -> Stepper:
+    """Steps of `engine`, which reads `steps` and records in `log`."""
     world = torch.distributed.get_world_size()
-    return Trainer(
+    return Stepper(
         config=config,
         plan=resolve_batch(config.train, world),
         max_steps=100,
@@ -85,13 +85,8 @@ def make_trainer(
         head_settings={},
         peak_flops=1.0,
         log=log,  # type: ignore[arg-type]
-        evaluate=None,
-        sample=None,
-        save=lambda progress: None,
         writer=CheckpointWriter(Path("unused")),
         alarm=lambda: None,
-        has_checkpoint=False,
-        restore=Progress,
         guards=Guards(loss_spike=config.guards.loss_spike),
         stop=StopRequest(None),
         clock=PhaseClock(torch.device("cpu")),
@@ -125,14 +120,14 @@ def run(stage: int, precision: str, kind: str, rank: int, world: int) -> dict[st
     log = Log()
     # So short that its decay no longer depends on how many steps there were.
     average = WeightAverage(engine, half_life=1)
-    trainer = make_trainer(config, engine, Steps(numbers, kind, rank, world), log, average=average)
+    stepper = make_stepper(config, engine, Steps(numbers, kind, rank, world), log, average=average)
     engine.train()
     progress = Progress(losses=[4.0 + 0.01 * index for index in range(20)])
     for number in numbers:
         hook = None
         if kind == "gradient" and number == BAD_STEP and rank == 1:
             hook = engine.module.model.norm.register_forward_hook(_infinite_gradient)
-        trainer.step(progress)
+        stepper.step(progress)
         if hook is not None:
             hook.remove()
     shards = zero_state.shards(engine)

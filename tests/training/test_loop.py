@@ -11,9 +11,9 @@ from dlm_dist.config import resolve_batch
 from dlm_dist.diffusion.time_buckets import TIME_BUCKETS
 from dlm_dist.training.batches import RankStep, StepTotals
 from dlm_dist.training.guards import Guards
-from dlm_dist.training.loop import Trainer
 from dlm_dist.training.phases import PhaseClock
 from dlm_dist.training.progress import Progress
+from dlm_dist.training.step import Stepper
 from dlm_dist.training.stop_requests import StopRequest
 from tests.training.conftest import micro_batch, tiny_config, tiny_model
 
@@ -39,7 +39,7 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0, c
     """(loss, gradients, keyword arguments of the first forward) of a step with micro-batches of `scored` rows."""
     config = tiny_config(f"objective.l2wrap={l2wrap}", *changes)
     engine = PlainEngine(module=tiny_model(), calls=[])
-    trainer = Trainer(
+    stepper = Stepper(
         config=config,
         plan=resolve_batch(config.train, 1),
         max_steps=3,
@@ -51,13 +51,8 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0, c
         is_bound=True,
         peak_flops=1.0,
         log=None,
-        evaluate=None,
-        sample=None,
-        save=None,
         writer=None,
         alarm=lambda: None,
-        has_checkpoint=False,
-        restore=None,
         guards=Guards(),
         stop=StopRequest(None),
         clock=PhaseClock(torch.device("cpu")),
@@ -79,7 +74,7 @@ def gradients(l2wrap: float, scored: list[int], scale_of_weights: float = 1.0, c
         tokens_by_time=np.zeros(TIME_BUCKETS, dtype=np.int64),
         time_buckets=None,
     )
-    loss = trainer._train_step(step, totals, Progress()).loss
+    loss = stepper._train_step(step, totals, Progress()).loss
     return loss, {name: parameter.grad for name, parameter in engine.module.named_parameters()}, engine.calls[0]
 
 
