@@ -1,15 +1,15 @@
 """What guards, figures and keyed noise cost of a training step: the real trainer, its own parts timed where they run.
 
-    python -m benchmarks.trainer_overhead [--steps 60] [--cpu-threads 1] [--quick] [--output FILE]
+    python -m benchmarks.trainer_overhead [--steps 60] [--logging-every N] [--cpu-threads 1] [--quick] [--output FILE]
 
-Two sizes of a Qwen3 on a CPU, one rank, ZeRO-1, with every figure at every step (`logging.every=1`), both spike
-guards on, TensorBoard on: a step of hundreds of milliseconds and one of about 50. A step is the time from one to the
-next. What it must do is wait for rows, forward, backward and update; everything else that the loop's thread does is
-overhead, by part: `totals` (sums and hashes over ranks), `agree` (the loss over ranks, its guard), `judge` (gradient
-norm and its guard), `updates` (gradients and moves by role, inside the optimizer's step), `by time` (losses by time of
-diffusion), `figures`, `sinks` (lines and curves written), `rest` (the phase clock, the learning rate, dictionaries).
-`noise` is what the read-ahead threads compute beside reading rows (times, masks, inputs, hashes), as if it took a core
-from the training.
+Two sizes of a Qwen3 on a CPU, one rank, ZeRO-1, both spike guards and TensorBoard on, figures at every
+`--logging-every` steps (default: what a configuration that does not say has): a step of hundreds of milliseconds and
+one of about 50. A step is the time from one to the next. What it must do is wait for rows, forward, backward and
+update; everything else that the loop's thread does is overhead, by part: `totals` (sums and hashes over ranks), `agree`
+(the loss over ranks, its guard), `judge` (gradient norm and its guard), `updates` (gradients and moves by role, inside
+the optimizer's step), `by time` (losses by time of diffusion), `figures`, `sinks` (lines and curves written), `rest`
+(the phase clock, the learning rate, dictionaries). `noise` is what the read-ahead threads compute beside reading rows
+(times, masks, inputs, hashes), as if it took a core from the training.
 
 A busy machine makes all of it longer, so seconds of the thread's own CPU stand beside those of the clock. Goals: all of
 it at most 2 % of the long step (CPU time); figures and sinks under 1 % of 50 ms. Ends with one line of JSON.
@@ -194,7 +194,7 @@ def instrumented(ledger: Ledger) -> Iterator[None]:
         yield
 
 
-def measure(size: str, data: Path, folder: Path, steps: int, threads: int) -> dict[str, Any]:
+def measure(size: str, data: Path, folder: Path, steps: int, threads: int, every: int | None) -> dict[str, Any]:
     """Train one size for a number of steps -> milliseconds and shares. Joins a process group: in a fresh process."""
     *model, batch = SIZES[size]
     config = load_config(
@@ -205,6 +205,7 @@ def measure(size: str, data: Path, folder: Path, steps: int, threads: int) -> di
             # The last step has no next one that would end it.
             *(f"train.max_steps={steps + WARMUP + 1}", f"train.global_batch_size={batch}"),
             f"train.micro_batch_size={batch}",
+            *(() if every is None else (f"logging.every={every}",)),
             *("train.device=cpu", "train.precision=fp32", "zero.stage=1", "checkpoint.every=null"),
             *("guards.loss_spike=1000", "guards.grad_norm_spike=1e6", "guards.window=16", "logging.tensorboard=true"),
         ],
@@ -213,7 +214,8 @@ def measure(size: str, data: Path, folder: Path, steps: int, threads: int) -> di
     ledger = Ledger()
     with instrumented(ledger), open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         run.train(config, device, None, ["benchmark"])
-    return summary(ledger.steps[WARMUP:], ledger.noise[WARMUP:], ledger.beats, threads)
+    result = summary(ledger.steps[WARMUP:], ledger.noise[WARMUP:], ledger.beats, threads)
+    return {"logging_every": config.logging.every, **result}
 
 
 def summary(steps: list[Seconds], noise: list[float], beats: list[float], threads: int) -> dict[str, Any]:
@@ -227,25 +229,28 @@ def summary(steps: list[Seconds], noise: list[float], beats: list[float], thread
         for name in names
     }
     overhead = [name for name in names if name not in (*NEEDED, "step")]
+    # Of all steps together: figures come in some of them only.
     wall, cpu = (
-        [sum(step.get(name, (0.0, 0.0))[i] for name in overhead) / step["step"][i] for step in steps] for i in range(2)
+        sum(step.get(name, (0.0, 0.0))[i] for step in steps for name in overhead)
+        / sum(step["step"][i] for step in steps)
+        for i in range(2)
     )
     noise_share = statistics.median(noise) / statistics.median(step["step"][1] for step in steps) / threads
     # A heartbeat comes every 15 s.
     beat_share = statistics.median(beats) / 15.0
     logging = [sum(step.get(name, (0.0, 0.0))[1] for name in LOGGING) for step in steps]
-    total = statistics.median(cpu) + noise_share + beat_share
+    total = cpu + noise_share + beat_share
     return {
         "steps": len(steps),
         "milliseconds": parts,
         "noise_milliseconds": spread([1e3 * seconds for seconds in noise]),
-        "loop_share_wall": spread(wall),
-        "loop_share_cpu": spread(cpu),
+        "loop_share_wall": wall,
+        "loop_share_cpu": cpu,
         "noise_share": noise_share,
         "heartbeat_share": beat_share,
         "overhead_share": total,
         "logging_milliseconds": spread([1e3 * seconds for seconds in logging]),
-        "logging_share_of_50_ms": statistics.median(logging) / LOGGED_STEP,
+        "logging_share_of_50_ms": statistics.fmean(logging) / LOGGED_STEP,
     }
 
 
@@ -256,7 +261,7 @@ def print_table(size: str, result: Mapping[str, Any]) -> None:
         print(f"  {name:20} {kinds['wall']['median']:12.3f} {kinds['cpu']['median']:8.3f}")
     print(f"  {'noise (threads)':20} {'':12} {result['noise_milliseconds']['median']:8.3f}")
     print(
-        f"  loop {result['loop_share_cpu']['median']:.2%} (wall {result['loop_share_wall']['median']:.2%}), noise "
+        f"  loop {result['loop_share_cpu']:.2%} (wall {result['loop_share_wall']:.2%}), noise "
         f"{result['noise_share']:.2%}, together {result['overhead_share']:.2%} of the step; logging "
         f"{result['logging_share_of_50_ms']:.2%} of 50 ms"
     )
@@ -266,6 +271,7 @@ def main(arguments: list[str]) -> int:
     """Print a table for each size and one line of JSON."""
     parser = argparse.ArgumentParser(prog="benchmarks.trainer_overhead", description=__doc__)
     parser.add_argument("--steps", type=int, default=60, help="measured steps of each size (default 60)")
+    parser.add_argument("--logging-every", type=int, help="logging.every (default: that of a configuration without it)")
     parser.add_argument("--cpu-threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--quick", action="store_true", help="three short steps: shows that it runs")
     parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
@@ -279,7 +285,8 @@ def main(arguments: list[str]) -> int:
             data = Path(folder) / f"data-{size}"
             length = int(SIZES[size][2].partition("=")[2])
             build_dataset(BuildOptions((str(documents),), str(data), "bytes", length, include=("*.md",)))
-            results[size] = in_fresh_process(measure, size, data / "train", Path(folder), steps, options.cpu_threads)
+            threads, every = options.cpu_threads, options.logging_every
+            results[size] = in_fresh_process(measure, size, data / "train", Path(folder), steps, threads, every)
             print_table(size, results[size])
     line = json_line(
         {

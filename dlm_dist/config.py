@@ -346,7 +346,7 @@ class LoggingSection(Section):
     """Who hears of the run."""
 
     every: Positive = Field(
-        default=1,
+        default=10,
         description="steps between lines on the console, in TensorBoard and in wandb, and between the figures by role, "
         "by time and by source (steps)",
     )
