@@ -43,6 +43,13 @@ def test_the_parser_imports_nothing_heavy():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_what_reads_checkpoints_needs_no_deepspeed():
+    """It prints to standard output while it is imported, where --json has its object."""
+    program = "import sys, dlm_dist.training.model_files as found; print('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr
+
+
 @pytest.mark.parametrize("arguments", [[], ["dta"], ["doctor", "--loud"]])
 def test_a_wrong_command_line_is_status_2_without_traceback(arguments):
     done = dlm(*arguments)

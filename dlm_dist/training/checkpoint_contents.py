@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from dlm_dist.training.checkpoint_files import CheckpointError
 from dlm_dist.training.elastic import SavedShard, SavedShards
-from dlm_dist.training.zero_state import Piece
+from dlm_dist.training.pieces import Piece
 
 WINDOW = 2**22
 """Elements that are held at a time."""

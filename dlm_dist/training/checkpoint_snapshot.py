@@ -7,8 +7,7 @@ memory, so a resume on the same layout puts the same bytes back.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,20 +16,8 @@ import torch.distributed as dist
 
 from dlm_dist.training import zero_state
 from dlm_dist.training.checkpoint_files import TRAINER_STATE
+from dlm_dist.training.safetensors_files import model_index, plan_model_files, safetensors_buffers
 from dlm_dist.training.weight_average import WeightAverage
-
-MODEL_FILE_BYTES = 2 * 2**30
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass
@@ -142,50 +129,9 @@ def _add_model(snapshot: Snapshot, engine: Any, rank: int, world: int, buffers: 
             snapshot.files["model/model.safetensors.index.json"] = model_index(plan, total)
 
 
-def plan_model_files(sizes: Iterable[tuple[str, int]]) -> dict[str, list[str]]:
-    """Deal parameters (name, bytes) in order into files of at most MODEL_FILE_BYTES -> file name -> names."""
-    bins: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes:
-        if bins[-1] and filled + size > MODEL_FILE_BYTES:
-            bins.append([])
-            filled = 0
-        bins[-1].append(name)
-        filled += size
-    if len(bins) == 1:
-        return {"model.safetensors": bins[0]}
-    return {f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors": names for i, names in enumerate(bins)}
-
-
-def model_index(plan: Mapping[str, Sequence[str]], size: int) -> bytes:
-    """model.safetensors.index.json of a model of `size` bytes in several files {file name: names of parameters}."""
-    file_of = {name: file for file, names in plan.items() for name in names}
-    return json.dumps({"metadata": {"total_size": size}, "weight_map": file_of}, indent=2).encode()
-
-
 def _full_bytes(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
 def _on_host(key: str, tensor: torch.Tensor, buffers: HostBuffers | None) -> torch.Tensor:
     return buffers.copy(key, tensor) if buffers is not None else tensor.detach().cpu()
-
-
-def safetensors_buffers(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]:
-    """The buffers of a safetensors file of host tensors: its header, then their bytes in the same order."""
-    header = safetensors_header({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
-    raw = (t.contiguous().reshape(-1).view(torch.uint8).numpy().data for t in tensors.values() if t.numel())
-    return [memoryview(header), *raw]
-
-
-def safetensors_header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
-    """How a safetensors file begins that holds tensors of these dtypes and shapes, one behind another."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in tensors.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

@@ -21,8 +21,8 @@ import torch
 from safetensors import safe_open
 
 from dlm_dist.training.checkpoint_files import CheckpointError, read_manifest
+from dlm_dist.training.pieces import Piece
 from dlm_dist.training.quantisation import BLOCK, dequantise, quantise
-from dlm_dist.training.zero_state import Piece
 
 WINDOW = 2**14 * BLOCK
 """Elements of a shard that are converted at a time."""

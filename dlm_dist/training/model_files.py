@@ -18,8 +18,8 @@ import torch
 
 from dlm_dist.training.checkpoint_contents import Contents
 from dlm_dist.training.checkpoint_files import MANIFEST, ORIGIN, load_trainer_state
-from dlm_dist.training.checkpoint_snapshot import model_index, plan_model_files, safetensors_header
 from dlm_dist.training.durable_files import file_sha256
+from dlm_dist.training.safetensors_files import model_index, plan_model_files, safetensors_header
 
 WEIGHTS = {"trained": "weight", "master": "master", "ema": "ema"}
 """Names of the copies of the weights in a checkpoint, for people -> in `Contents`."""

@@ -19,15 +19,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + numel) of the flattened parameter `name`, at `offset` of a shard's flat tensor."""
-
-    name: str
-    start: int
-    offset: int
-    numel: int
+from dlm_dist.training.pieces import Piece
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from dlm_dist.training.elastic import SavedShards
+from dlm_dist.training.pieces import Piece
 from dlm_dist.training.quantisation import BLOCK, dequantise
-from dlm_dist.training.zero_state import Piece
 from tests.distributed import runs
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]

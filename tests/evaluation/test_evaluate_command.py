@@ -20,8 +20,8 @@ from data_pipeline.tokenizer_backends.characters import CharacterTokenizer
 from data_pipeline.tokenizers import Tokenizer, load
 from dlm_dist import models
 from dlm_dist.evaluation.bound import evaluate_bound, unigram_nats_per_token
-from dlm_dist.training import checkpoint_files, durable_files
 from launcher import cli, evaluate_command
+from tests import small_checkpoints
 from tests.data_pipeline.test_token_files import write_megatron
 from tests.distributed import runs
 
@@ -35,24 +35,10 @@ def write(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:
 
 
 def publish(checkpoints: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
-    """A real checkpoint of an untrained tiny model, without masters."""
-    staging = checkpoints / ".staging"
-    sizes = {"vocab_size": tokenizer.padded_vocab_size, "mask_token_id": tokenizer.mask_id} | changes
-    identity = {"data.isolate_documents": sizes.pop("isolate_documents", False)}
-    identity |= {"objective.name": sizes.pop("objective", "mdlm")}
-    model = models.build(
-        "qwen3", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16, seed=1, **sizes
-    )
-    model.save_pretrained(staging / "model")
-    tokenizer.save(staging / "tokenizer")
-    state = {"global_step": 7, "identity": identity}
-    (staging / "trainer_state.json").write_text(json.dumps(state))
-    files = {}
-    for file in [path for path in staging.rglob("*") if path.is_file()]:
-        entry = {"size": file.stat().st_size, "sha256": durable_files.file_sha256(file)}
-        files[str(file.relative_to(staging))] = entry
-    checkpoint_files.publish(files, staging, checkpoints / "step-7")
-    return checkpoints / "step-7"
+    """A checkpoint of step 7; `objective` and `isolate_documents` are those of its run."""
+    identity = {"data.isolate_documents": changes.pop("isolate_documents", False)}
+    identity |= {"objective.name": changes.pop("objective", "mdlm")}
+    return small_checkpoints.publish(checkpoints / "step-7", tokenizer, identity, **changes)
 
 
 @pytest.fixture(scope="module")

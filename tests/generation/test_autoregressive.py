@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from dlm_dist.generation.autoregressive import Sampling, continue_text
 from dlm_dist.generation.samplers import generate
 from dlm_dist.models import build
+from tests import small_checkpoints
 
 EOS, MASK, VOCABULARY = 7, 8, 9
 TABLE = [0.4, 0.3, 0.15, 0.1, 0.05]
@@ -149,13 +149,7 @@ def test_mistakes_are_named() -> None:
 def _checkpoint(folder: Path, objective: str, direction: str) -> Path:
     from data_pipeline.tokenizers import load
 
-    tokenizer = load("bytes")
-    tokenizer.save(folder / "tokenizer")
-    sizes = {"vocab_size": tokenizer.padded_vocab_size, "mask_token_id": tokenizer.mask_id, "direction": direction}
-    model = build("qwen3", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16, **sizes)
-    model.save_pretrained(folder / "model")
-    (folder / "trainer_state.json").write_text(json.dumps({"identity": {"objective.name": objective}}))
-    return folder
+    return small_checkpoints.publish(folder, load("bytes"), {"objective.name": objective}, direction=direction)
 
 
 def _command(checkpoint: Path, *arguments: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dlm_dist.generation.autoregressive import continue_text
 from dlm_dist.generation.blocks import generate_ahead, generate_blocks
 from dlm_dist.generation.samplers import generate
 from tests.generation.test_autoregressive import _checkpoint, _command
+from tests.small_checkpoints import write_state
 
 MASK, EOS, VOCABULARY = 12, 11, 13
 SIZES: dict[str, dict[str, Any]] = {
@@ -249,9 +249,8 @@ def test_the_command_writes_in_the_blocks_of_the_checkpoint(
     folder = _checkpoint(tmp_path / "block", "block", "bidirectional")
     state = {"data_pos": 10, "skipped_ranges": [], "sequence_length": 32}
     identity = {"objective.name": "block", "objective.block_lengths": [[320, 2], [320, 8], [0, 0]]}
-    saved = folder / "trainer_state.json"
     for data_pos in (9, 10, 20):
-        saved.write_text(json.dumps(state | {"data_pos": data_pos, "identity": identity}))
+        write_state(folder, state | {"data_pos": data_pos, "identity": identity})
         assert _command(folder) == 0
         assert capsys.readouterr().out.startswith("import ")
     assert used == [2, 8], "the last phase is whole rows, which are masked diffusion"
@@ -260,7 +259,7 @@ def test_the_command_writes_in_the_blocks_of_the_checkpoint(
     for option in (["--top-k", "3"], ["--infill"]):
         with pytest.raises(ValueError, match=r"with the objective block|--infill the gaps"):
             _command(folder, *option)
-    saved.write_text(json.dumps({**state, "sequence_length": None, "identity": identity}))
+    write_state(folder, {**state, "sequence_length": None, "identity": identity})
     with pytest.raises(ValueError, match="does not say how long the rows were: give --block-length"):
         _command(folder)
 
@@ -274,7 +273,7 @@ def test_the_command_writes_in_blocks_what_learned_one_block_of_each_row(
     folder = _checkpoint(tmp_path / "wsd", "wsd", "bidirectional")
     identity = {"objective.name": "wsd", "objective.block_lengths": [[320, 2], [0, 8]]}
     state = {"data_pos": 10, "skipped_ranges": [], "sequence_length": 32, "identity": identity}
-    (folder / "trainer_state.json").write_text(json.dumps(state))
+    write_state(folder, state)
     assert _command(folder) == _command(folder, "--block-length", "3") == 0
     assert used == [8, 3]
 

@@ -6,10 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from dlm_dist import models
-from dlm_dist.training import checkpoint, checkpoint_files, checkpoint_snapshot, durable_files, optimizers, zero_state
+from dlm_dist.training import checkpoint, checkpoint_files, durable_files, optimizers, safetensors_files, zero_state
 from dlm_dist.training.checkpoint_files import CheckpointError
-from dlm_dist.training.checkpoint_snapshot import safetensors_buffers, take_snapshot
+from dlm_dist.training.checkpoint_snapshot import take_snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
+from dlm_dist.training.safetensors_files import safetensors_buffers
 from tests.training.conftest import SIZES, run_steps, tiny_engine
 
 STATE = {"global_step": 2, "data_pos": 16}
@@ -96,7 +97,7 @@ def test_what_a_checkpoint_holds(saved):
 
 
 def test_a_model_in_several_files_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_snapshot, "MODEL_FILE_BYTES", 10_000)
+    monkeypatch.setattr(safetensors_files, "MODEL_FILE_BYTES", 10_000)
     engine, _ = tiny_engine("zero.stage=3")
     path = save(engine, tmp_path)
     assert len(list((path / "model").glob("*.safetensors"))) > 2

@@ -20,8 +20,8 @@ from dlm_dist.training.checkpoint_snapshot import take_snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.elastic import SavedShards
 from dlm_dist.training.optimizers import ROLE_RULES
+from dlm_dist.training.pieces import Piece
 from dlm_dist.training.quantisation import BLOCK, dequantise, quantise
-from dlm_dist.training.zero_state import Piece
 from tests.training.conftest import run_steps, tiny_engine
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dlm_dist import models
 from dlm_dist.config import load_config
-from dlm_dist.training import checkpoint_snapshot, zero_state
+from dlm_dist.training import safetensors_files, zero_state
 from dlm_dist.training.checkpoint_contents import Contents
 from dlm_dist.training.checkpoint_snapshot import take_snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
@@ -62,7 +62,7 @@ def dlm(*arguments):
 
 @pytest.mark.parametrize("dtype", [None, "bf16", "fp32"])
 def test_the_ema_is_exported(run, dtype, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint_snapshot, "MODEL_FILE_BYTES", 20_000)
+    monkeypatch.setattr(safetensors_files, "MODEL_FILE_BYTES", 20_000)
     out = tmp_path / "out"
     options = [] if dtype is None else ["--dtype", dtype]
     assert dlm("checkpoint", "export", run[3], out, "--weights", "ema", *options) == 0
