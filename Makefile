@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Tests at a time. Each starts processes of its own; one thread each, since threads that wait for a core spin.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -44,7 +46,7 @@ demo: install
 	$(RUN) python -m launcher.demo
 
 test: install
-	$(RUN) python -m pytest -m 'not gpu and not slow and not slurm' $(PYTEST_ARGS)
+	$(RUN) OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile -m 'not gpu and not slow and not slurm' $(PYTEST_ARGS)
 
 test-resume: install
 	$(RUN) python -m pytest -m 'not gpu' tests/distributed $(PYTEST_ARGS)
