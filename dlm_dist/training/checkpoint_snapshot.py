@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from dlm_dist.training import zero_state
 from dlm_dist.training.checkpoint_files import TRAINER_STATE
-from dlm_dist.training.safetensors_files import model_index, plan_model_files, safetensors_buffers
+from dlm_dist.training.safetensors_files import model_index, plan_model_files, safetensors_buffers, state_files
 from dlm_dist.training.weight_average import WeightAverage
 
 
@@ -96,7 +96,7 @@ def _add_shards(
         pieces = [[p.name, p.start, p.offset, p.numel] for p in shard.pieces]
         entry = {"key": shard.key, "pieces": pieces, "tensors": names, "numbers": numbers}
         index.append(entry | {"ema": average is not None})
-    snapshot.tensors[f"tensors/rank-{rank:05d}.safetensors"] = tensors
+    snapshot.tensors |= state_files(rank, tensors)
     snapshot.files[f"tensors/rank-{rank:05d}.json"] = json.dumps(index).encode()
 
 

@@ -34,7 +34,8 @@ _UNKNOWN = -1.0
 class SavedShard:
     """One shard of a checkpoint: where its tensors are, and what its flat tensors hold."""
 
-    file: Path
+    files: tuple[Path, ...]
+    """Those of the rank that wrote it; each of its tensors is in one of them."""
     key: str
     pieces: tuple[Piece, ...]
     tensors: tuple[str, ...]
@@ -71,17 +72,20 @@ class SavedShards:
         self.by_key: dict[str, SavedShard] = {}
         self.blocks = Blocks()
         self._holders: dict[str, list[tuple[Piece, SavedShard]]] = {name: [] for name in sizes}
-        self._open: dict[Path, Any] = {}
-        for name in read_manifest(path):
+        self._open: dict[Path, tuple[Any, frozenset[str]]] = {}
+        names = read_manifest(path)
+        for name in names:
             if name.startswith("tensors/") and name.endswith(".json"):
-                self._read_index(path / name)
+                rank = name.removesuffix(".json")
+                files = [path / file for file in names if file.startswith(rank) and file.endswith(".safetensors")]
+                self._read_index(path / name, tuple(files))
         self._check_coverage(sizes)
 
-    def _read_index(self, index: Path) -> None:
+    def _read_index(self, index: Path, files: tuple[Path, ...]) -> None:
         for entry in json.loads(index.read_bytes()):
             pieces = tuple(Piece(*piece) for piece in entry["pieces"])
             shard = SavedShard(
-                file=index.with_suffix(".safetensors"),
+                files=files,
                 key=entry["key"],
                 pieces=pieces,
                 tensors=tuple(entry["tensors"]),
@@ -104,7 +108,7 @@ class SavedShards:
                     between = sorted((piece.start, reached))
                     raise CheckpointError(
                         f"{self.path} is inconsistent: elements {between[0]} to {between[1]} of {name} are in it "
-                        f"{what} (found at shard {shard.key} of {shard.file.name})"
+                        f"{what} (found at shard {shard.key} of {shard.files[0].name})"
                     )
                 reached += piece.numel
             if reached != sizes[name]:
@@ -143,7 +147,7 @@ class SavedShards:
 
     def whole(self, shard: SavedShard, name: str) -> torch.Tensor:
         """A whole tensor of a saved shard, in the shape that it was written in."""
-        return self._file(shard).get_tensor(f"{shard.key}/{name}")
+        return self._file(shard, name).get_tensor(f"{shard.key}/{name}")
 
     def values(self, run: Run, name: str) -> torch.Tensor:
         """Elements of a run as fp32 [numel]; 8-bit states by the values that their codes stand for."""
@@ -239,12 +243,18 @@ class SavedShards:
         return rows.reshape(-1)[start - first * row :][:numel]
 
     def _slice(self, shard: SavedShard, name: str) -> Any:
-        return self._file(shard).get_slice(f"{shard.key}/{name}")
+        return self._file(shard, name).get_slice(f"{shard.key}/{name}")
 
-    def _file(self, shard: SavedShard) -> Any:
-        if shard.file not in self._open:
-            self._open[shard.file] = safe_open(shard.file, framework="pt")
-        return self._open[shard.file]
+    def _file(self, shard: SavedShard, name: str) -> Any:
+        """The file that holds the tensor `name` of a shard, opened once."""
+        for path in shard.files:
+            if path not in self._open:
+                opened = safe_open(path, framework="pt")
+                self._open[path] = opened, frozenset(opened.keys())
+            file, keys = self._open[path]
+            if f"{shard.key}/{name}" in keys:
+                return file
+        raise CheckpointError(f"{self.path} is inconsistent: none of its files holds {shard.key}/{name}")
 
 
 def _clipped(runs: Sequence[Run], first: int, last: int) -> Iterator[Run]:

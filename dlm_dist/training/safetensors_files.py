@@ -1,4 +1,4 @@
-"""Tensors as the bytes of safetensors files, and a model's tensors dealt out to several of them."""
+"""Tensors as the bytes of safetensors files, and many of them dealt out to several files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 MODEL_FILE_BYTES = 2 * 2**30
+STATE_FILE_BYTES = 2**28
+"""Files of a rank's masters and states: SHA-256 of one file takes one core, so there are several to share out."""
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -25,17 +27,36 @@ _SAFETENSORS_DTYPES = {
 
 def plan_model_files(sizes: Iterable[tuple[str, int]]) -> dict[str, list[str]]:
     """Deal parameters (name, bytes) in order into files of at most MODEL_FILE_BYTES -> file name -> names."""
+    bins = _dealt(sizes, MODEL_FILE_BYTES)
+    if len(bins) == 1:
+        return {"model.safetensors": bins[0]}
+    return {f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors": names for i, names in enumerate(bins)}
+
+
+def state_files(rank: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """What `rank` writes of masters and states, in files of about STATE_FILE_BYTES -> path -> tensors.
+
+    tensors/rank-R.safetensors, and rank-R-2.safetensors and so on where one is too small.
+    """
+    bins = _dealt(((name, tensor.nbytes) for name, tensor in tensors.items()), STATE_FILE_BYTES)
+    endings = ["", *(f"-{number}" for number in range(2, len(bins) + 1))]
+    return {
+        f"tensors/rank-{rank:05d}{ending}.safetensors": {name: tensors[name] for name in names}
+        for ending, names in zip(endings, bins, strict=True)
+    }
+
+
+def _dealt(sizes: Iterable[tuple[str, int]], limit: int) -> list[list[str]]:
+    """Names in order, cut where more than `limit` bytes would come together; at least one part."""
     bins: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes:
-        if bins[-1] and filled + size > MODEL_FILE_BYTES:
+        if bins[-1] and filled + size > limit:
             bins.append([])
             filled = 0
         bins[-1].append(name)
         filled += size
-    if len(bins) == 1:
-        return {"model.safetensors": bins[0]}
-    return {f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors": names for i, names in enumerate(bins)}
+    return bins
 
 
 def model_index(plan: Mapping[str, Sequence[str]], size: int) -> bytes:

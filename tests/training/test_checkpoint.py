@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from dlm_dist import models
 from dlm_dist.training import checkpoint, checkpoint_files, durable_files, optimizers, safetensors_files, zero_state
+from dlm_dist.training.checkpoint_contents import Contents, differences
 from dlm_dist.training.checkpoint_files import CheckpointError
 from dlm_dist.training.checkpoint_snapshot import take_snapshot
 from dlm_dist.training.checkpoint_writer import CheckpointWriter
@@ -104,6 +105,24 @@ def test_a_model_in_several_files_loads(tmp_path, monkeypatch):
     loaded = models.load(path)
     for name, parameter in tiny_engine("zero.stage=0")[0].module.named_parameters():
         assert torch.equal(loaded.state_dict()[name], parameter)
+
+
+@pytest.mark.parametrize("loaded_as", ["zero.stage=2", "zero.stage=3"])
+def test_states_in_several_files_come_back(loaded_as, tmp_path, monkeypatch):
+    """Large ones are hashed in several threads; a layout reads the files of another like its own."""
+    monkeypatch.setattr(safetensors_files, "STATE_FILE_BYTES", 10_000)
+    engine, _ = tiny_engine("zero.stage=2")
+    run_steps(engine, 0, 2)
+    path = save(engine, tmp_path)
+    assert len(list((path / "tensors").glob("rank-00000*.safetensors"))) > 2
+    assert checkpoint_files.verify(path) == []
+    other, _ = tiny_engine(loaded_as)
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.zero_()
+    checkpoint.put_back(other, path)
+    again = save(other, tmp_path, step=3)
+    assert list(differences(Contents(path), Contents(again))) == []
 
 
 def test_safetensors_files_are_what_the_library_reads(tmp_path):
