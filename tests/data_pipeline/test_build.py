@@ -4,7 +4,6 @@ import argparse
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.shards import ShardedSource, verify
 from data_pipeline.work_units import document_hash
 from launcher.data_commands import add_data_commands
+from tests.data_pipeline.killed_builds import build_until_killed
 
 TEXTS = [f"document {i}: " + "lorem ipsum \u00e9 \u4e16\u754c " * (i % 7) for i in range(60)]
 
@@ -111,29 +111,6 @@ def test_finished_build_is_recognised_and_another_is_refused(
     assert contents(options.output) == before
 
 
-def _build_until_killed(options: BuildOptions, at_rename: int) -> bool:
-    """Build in a child that kills itself instead of its rename number `at_rename`; whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        renames = 0
-        rename = os.replace
-
-        def rename_or_die(source: Path, target: Path) -> None:
-            nonlocal renames
-            renames += 1
-            if renames == at_rename:
-                os.kill(os.getpid(), signal.SIGKILL)
-            rename(source, target)
-
-        os.replace = rename_or_die  # type: ignore[assignment]
-        try:
-            build_dataset(options)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
-
-
 def test_build_killed_at_any_rename_finishes_with_the_same_bytes(options: BuildOptions) -> None:
     options = replace(options, unit_bytes=4000, tokenizer="characters")
     build_dataset(options)
@@ -141,7 +118,7 @@ def test_build_killed_at_any_rename_finishes_with_the_same_bytes(options: BuildO
     at_rename, killed = 1, True
     while killed:
         attempt = replace(options, output=f"{options.output}-{at_rename}")
-        killed = _build_until_killed(attempt, at_rename)
+        killed = build_until_killed(attempt, at_rename)
         assert build_dataset(attempt).already_built != killed
         assert contents(attempt.output) == expected, at_rename
         at_rename += 1
@@ -151,7 +128,7 @@ def test_build_killed_at_any_rename_finishes_with_the_same_bytes(options: BuildO
 def test_build_killed_again_and_again_gets_on(options: BuildOptions) -> None:
     build_dataset(replace(options, output=options.output + "-whole"))
     kills = 0
-    while _build_until_killed(options, at_rename=6):
+    while build_until_killed(options, at_rename=6):
         kills += 1
         assert kills < 100
     assert kills > 3
@@ -159,7 +136,7 @@ def test_build_killed_again_and_again_gets_on(options: BuildOptions) -> None:
 
 
 def test_restart_does_not_redo_finished_work(options: BuildOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _build_until_killed(options, at_rename=26)
+    assert build_until_killed(options, at_rename=26)
     scratch = Path(options.output) / ".build"
     done = {path.stem for path in scratch.glob("*.json")} - {"plan"}
     assert any(name.startswith("train-") for name in done), done
@@ -216,7 +193,7 @@ def test_parallel_build_killed_from_outside_finishes_with_the_same_bytes(tmp_pat
 
 
 def test_unfinished_build_with_other_options_is_refused(options: BuildOptions) -> None:
-    assert _build_until_killed(options, at_rename=10)
+    assert build_until_killed(options, at_rename=10)
     with pytest.raises(DataError, match=r"unfinished build with other options: tokenizer is bytes .* rwkv-world"):
         build_dataset(replace(options, tokenizer="rwkv-world"))
     with pytest.raises(DataError, match=r"holds no finished data set .* start the same `dlm data build` again"):
@@ -224,7 +201,7 @@ def test_unfinished_build_with_other_options_is_refused(options: BuildOptions) -
 
 
 def test_two_builds_of_one_folder_do_not_meet(options: BuildOptions) -> None:
-    assert _build_until_killed(options, at_rename=10)
+    assert build_until_killed(options, at_rename=10)
     with (
         build._lock(Path(options.output) / ".build"),
         pytest.raises(DataError, match="another build is writing to"),

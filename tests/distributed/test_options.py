@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -100,7 +102,7 @@ def test_init_from_reports_what_fitted(data, tmp_path):
     assert runs.metrics(second)[0]["loss"] < runs.metrics(first)[-1]["loss"] + 0.4
 
 
-def test_an_objective_that_is_no_bound_says_so_and_draws_the_same_on_any_ranks(data, tmp_path, capsys):
+def test_an_objective_that_is_no_bound_says_so_and_draws_the_same_on_any_ranks(data, tmp_path):
     settings = {
         "objective__name": "soft_ce",
         "objective__schedule": "power",
@@ -131,10 +133,11 @@ def test_an_objective_that_is_no_bound_says_so_and_draws_the_same_on_any_ranks(d
     assert alone[0] == both[0]
     assert 0 < alone[-1]["bound_nats_per_token"] < 10
     assert both[-1]["bound_nats_per_token"] == pytest.approx(alone[-1]["bound_nats_per_token"], rel=1e-3)
-    capsys.readouterr()
-    asked = ["--data", data, "--rows", 5, "--draws", 4, "--device", "cpu", "--json"]
-    assert dlm("evaluate", "--checkpoint", one / "checkpoints" / "step-3", *asked) == 0
-    again = json.loads(capsys.readouterr().out)
+    asked = ["--data", data, "--rows", "5", "--draws", "4", "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "launcher.cli", "evaluate", "--checkpoint", one / "checkpoints" / "step-3", *asked]
+    alone_here = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(command, cwd=runs.REPOSITORY, env=alone_here, check=True, stdout=subprocess.PIPE)
+    again = json.loads(done.stdout)
     for key in ("bound_nats_per_token", "standard_error", "bits_per_byte"):
         assert again[key] == pytest.approx(alone[-1][key], rel=1e-6), key
 
