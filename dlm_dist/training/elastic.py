@@ -34,8 +34,10 @@ _UNKNOWN = -1.0
 class SavedShard:
     """One shard of a checkpoint: where its tensors are, and what its flat tensors hold."""
 
+    index: Path
+    """The list of shards of the rank that wrote it."""
     files: tuple[Path, ...]
-    """Those of the rank that wrote it; each of its tensors is in one of them."""
+    """That rank's files of tensors; each of the shard's is in one of them."""
     key: str
     pieces: tuple[Piece, ...]
     tensors: tuple[str, ...]
@@ -85,6 +87,7 @@ class SavedShards:
         for entry in json.loads(index.read_bytes()):
             pieces = tuple(Piece(*piece) for piece in entry["pieces"])
             shard = SavedShard(
+                index=index,
                 files=files,
                 key=entry["key"],
                 pieces=pieces,
@@ -108,7 +111,7 @@ class SavedShards:
                     between = sorted((piece.start, reached))
                     raise CheckpointError(
                         f"{self.path} is inconsistent: elements {between[0]} to {between[1]} of {name} are in it "
-                        f"{what} (found at shard {shard.key} of {shard.files[0].name})"
+                        f"{what} (found at shard {shard.key} of {shard.index.name})"
                     )
                 reached += piece.numel
             if reached != sizes[name]:
