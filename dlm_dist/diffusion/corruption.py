@@ -30,9 +30,9 @@ def stratified_times(seed: int, positions: IntArray) -> FloatArray:
     key = randomness.derive_seed(seed, "time")
     window = randomness.hash_uint64(key, positions >> bits)
     index = _nested_scramble(key + 1, window, positions & ((1 << bits) - 1))
-    reversed_index = np.zeros_like(index)
-    for bit in range(bits):
-        reversed_index |= ((index >> np.uint64(bit)) & np.uint64(1)) << np.uint64(bits - 1 - bit)
+    levels = np.arange(bits, dtype=np.uint64).reshape(-1, *[1] * index.ndim)
+    digits = (index >> levels) & np.uint64(1)
+    reversed_index = np.bitwise_or.reduce(digits << levels[::-1], axis=0)
     fraction = _nested_scramble(key + 2, window, reversed_index)
     jitter = randomness.to_unit_interval(randomness.hash_uint64(key + 3, positions))
     return (fraction.astype(np.float64) + jitter) * 2.0**-bits
@@ -41,14 +41,12 @@ def stratified_times(seed: int, positions: IntArray) -> FloatArray:
 def _nested_scramble(key: int, window: NDArray[np.uint64], values: NDArray[np.integer]) -> NDArray[np.uint64]:
     """Flip each of the 16 bits of `values` by a hash of the bits above it: a bijection that keeps aligned blocks."""
     values = values.astype(np.uint64)
-    result = np.zeros_like(values)
-    for bit in range(TIME_WINDOW_BITS):
-        above = values >> np.uint64(bit + 1)
-        # A leading one tells the levels apart, so that equal prefixes of different length hash differently.
-        prefix = above | np.uint64(1 << (TIME_WINDOW_BITS - bit))
-        flip = randomness.hash_uint64(key, window ^ prefix)
-        result |= (((values >> np.uint64(bit)) ^ flip) & np.uint64(1)) << np.uint64(bit)
-    return result
+    levels = np.arange(TIME_WINDOW_BITS, dtype=np.uint64).reshape(-1, *[1] * values.ndim)
+    one = np.uint64(1)
+    # A leading one tells the levels apart, so that equal prefixes of different length hash differently.
+    prefixes = (values >> (levels + one)) | (one << (np.uint64(TIME_WINDOW_BITS) - levels))
+    flips = randomness.hash_uint64(key, window ^ prefixes)
+    return np.bitwise_or.reduce((((values >> levels) ^ flips) & one) << levels, axis=0)
 
 
 def keyed_uniform(seed: int, purpose: str, positions: IntArray) -> FloatArray:
