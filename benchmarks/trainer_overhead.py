@@ -12,7 +12,8 @@ the optimizer's step), `by time` (losses by time of diffusion), `figures`, `sink
 (times, masks, inputs, hashes), as if it took a core from the training.
 
 A busy machine makes all of it longer, so seconds of the thread's own CPU stand beside those of the clock. Goals: all of
-it at most 2 % of the long step (CPU time); figures and sinks under 1 % of 50 ms. Ends with one line of JSON.
+it at most 2 % of the long step (CPU time); figures and sinks under 1 % of 50 ms for the short one (they read the
+update of every weight, so a larger model's take longer, as its steps do). Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -294,7 +295,7 @@ def main(arguments: list[str]) -> int:
             **describe(torch.device("cpu")),
             "sizes": results,
             "goal_met": results["long"]["overhead_share"] <= GOAL if "long" in results else None,
-            "logging_goal_met": all(one["logging_share_of_50_ms"] < LOGGING_GOAL for one in results.values()),
+            "logging_goal_met": results["short"]["logging_share_of_50_ms"] < LOGGING_GOAL,
         }
     )
     print(line)

@@ -48,8 +48,7 @@ class StepFigures:
 
     def begin(self, step: int) -> None:
         """Before the step that follows `step` steps."""
-        if self._is_due(step + 1):
-            self.updates.begin()
+        self.updates.begin(self._is_due(step + 1))
 
     def measured(self, progress: Progress, norm: float | None, group: dist.ProcessGroup | None) -> dict[str, Any]:
         """The figures of the step behind `progress`, null where none are due. Collective: every rank must call.

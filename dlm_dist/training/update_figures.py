@@ -54,9 +54,10 @@ class UpdateMeter:
         self._begun: dict[int, _Begun] = {}
         self._found: dict[int, tuple[str, torch.Tensor]] = {}
 
-    def begin(self) -> None:
-        """Measure the update that comes next."""
-        self._active = True
+    def begin(self, wanted: bool = True) -> None:
+        """Measure the update that comes next, if it is `wanted`; what was begun before and came to nothing is over."""
+        self._active = wanted
+        self._begun.clear()
         self._found.clear()
 
     def end(self, total_norm: float, group: dist.ProcessGroup | None) -> dict[str, dict[str, float | None]]:
@@ -68,9 +69,10 @@ class UpdateMeter:
         """
         self._active = False
         sums = torch.zeros(len(self._roles), 3, dtype=torch.float64)
-        roles, squares = zip(*self._found.values(), strict=True)
-        for role, three in zip(roles, torch.stack(squares).cpu(), strict=True):
-            sums[self._roles.index(role)] += three
+        found = list(self._found.values())
+        if found:  # a rank may hold nothing but padding
+            for (role, _), three in zip(found, torch.stack([squares for _, squares in found]).cpu(), strict=True):
+                sums[self._roles.index(role)] += three
         if self._sharded:
             dist.all_reduce(sums, group=group)
         gradients, moves, masters = sums.T.tolist()
@@ -85,10 +87,16 @@ class UpdateMeter:
             },
         }
 
-    @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._active:
-            return
+        if self._active:  # most steps are not measured and should pay nothing
+            self._keep(optimizer)
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._begun:
+            self._compare()
+
+    @torch.no_grad()
+    def _keep(self, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             masters = [master for master in group["params"] if master.grad is not None]
             if masters:
@@ -98,7 +106,7 @@ class UpdateMeter:
                 self._begun[id(masters[0])] = _Begun(group["name"], masters, gradients, stride, before)
 
     @torch.no_grad()
-    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _compare(self) -> None:
         for key, begun in self._begun.items():
             moved = _squares([_elements(begun.masters, begun.stride) - begun.before])
             share = sum(master.numel() for master in begun.masters) / begun.before.numel()

@@ -75,3 +75,16 @@ def run_steps(engine, first, count, spoil=None, accumulation=2, lr=1e-3):
             engine.step()
         results.append((loss.item(), gradient_norm(engine), engine.was_step_applied()))
     return results
+
+
+def save_checkpoint(engine, folder, state, files=None, average=None, buffers=None):
+    """A published checkpoint of `engine` with this trainer state -> its path."""
+    from dlm_dist.training.checkpoint_snapshot import take_snapshot
+    from dlm_dist.training.checkpoint_writer import CheckpointWriter
+
+    writer = CheckpointWriter(folder)
+    step = state["global_step"]
+    writer.start(take_snapshot(engine, step, state, files or {}, buffers, average))
+    writer.finish()
+    writer.close()
+    return folder / f"step-{step}"

@@ -9,20 +9,14 @@ from dlm_dist import models
 from dlm_dist.training import checkpoint, checkpoint_files, durable_files, optimizers, safetensors_files, zero_state
 from dlm_dist.training.checkpoint_contents import Contents, differences
 from dlm_dist.training.checkpoint_files import CheckpointError
-from dlm_dist.training.checkpoint_snapshot import take_snapshot
-from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.safetensors_files import safetensors_buffers
-from tests.training.conftest import SIZES, run_steps, tiny_engine
+from tests.training.conftest import SIZES, run_steps, save_checkpoint, tiny_engine
 
 STATE = {"global_step": 2, "data_pos": 16}
 
 
 def save(engine, folder, step=2):
-    writer = CheckpointWriter(folder)
-    writer.start(take_snapshot(engine, step, STATE, {"tokenizer.json": b"{}"}))
-    writer.finish()
-    writer.close()
-    return folder / f"step-{step}"
+    return save_checkpoint(engine, folder, STATE | {"global_step": step}, {"tokenizer.json": b"{}"})
 
 
 @pytest.fixture(scope="module")

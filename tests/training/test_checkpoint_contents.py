@@ -8,19 +8,13 @@ import torch
 from dlm_dist import models
 from dlm_dist.training import zero_state
 from dlm_dist.training.checkpoint_contents import Contents, differences
-from dlm_dist.training.checkpoint_snapshot import take_snapshot
-from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from launcher import cli
-from tests.training.conftest import run_steps, tiny_engine
+from tests.training.conftest import run_steps, save_checkpoint, tiny_engine
 
 
 def save(engine, folder, step, **state):
-    writer = CheckpointWriter(folder)
-    content = {"global_step": step, "identity": {"run.seed": 1}} | state
-    writer.start(take_snapshot(engine, step, content, {"tokenizer.json": b"{}"}))
-    writer.finish()
-    writer.close()
-    return folder / f"step-{step}"
+    state = {"global_step": step, "identity": {"run.seed": 1}} | state
+    return save_checkpoint(engine, folder, state, {"tokenizer.json": b"{}"})
 
 
 @pytest.fixture(scope="module")

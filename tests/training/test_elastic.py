@@ -16,13 +16,11 @@ from dlm_dist import models
 from dlm_dist.config import load_config
 from dlm_dist.training import checkpoint, elastic, zero_state
 from dlm_dist.training.checkpoint_files import FORMAT_VERSION, TRAINER_STATE, CheckpointError
-from dlm_dist.training.checkpoint_snapshot import take_snapshot
-from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.elastic import SavedShards
 from dlm_dist.training.optimizers import ROLE_RULES
 from dlm_dist.training.pieces import Piece
 from dlm_dist.training.quantisation import BLOCK, dequantise, quantise
-from tests.training.conftest import run_steps, tiny_engine
+from tests.training.conftest import run_steps, save_checkpoint, tiny_engine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -36,11 +34,7 @@ LAYOUTS = {
 
 
 def save(engine, folder):
-    writer = CheckpointWriter(folder)
-    writer.start(take_snapshot(engine, 2, {"global_step": 2}, {}))
-    writer.finish()
-    writer.close()
-    return folder / "step-2"
+    return save_checkpoint(engine, folder, {"global_step": 2})
 
 
 def values(engine):

@@ -14,24 +14,18 @@ from dlm_dist import models
 from dlm_dist.config import load_config
 from dlm_dist.training import safetensors_files, zero_state
 from dlm_dist.training.checkpoint_contents import Contents
-from dlm_dist.training.checkpoint_snapshot import take_snapshot
-from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.durable_files import file_sha256
 from dlm_dist.training.model_files import _mean
 from dlm_dist.training.starting_model import initial_model
 from dlm_dist.training.weight_average import WeightAverage
 from launcher import cli
 from launcher.trained_as import load_weights, trained_identity
-from tests.training.conftest import SIZES, run_steps, tiny_engine
+from tests.training.conftest import SIZES, run_steps, save_checkpoint, tiny_engine
 
 
 def save(engine, folder, step, average=None, tokenizer=b"{}"):
-    writer = CheckpointWriter(folder)
     state = {"global_step": step, "identity": {"objective.name": "mdlm", "objective.shift": True}}
-    writer.start(take_snapshot(engine, step, state, {"tokenizer.json": tokenizer}, None, average))
-    writer.finish()
-    writer.close()
-    return folder / f"step-{step}"
+    return save_checkpoint(engine, folder, state, {"tokenizer.json": tokenizer}, average)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from dlm_dist.training.checkpoint_writer import CheckpointWriter
 from dlm_dist.training.elastic import SavedShards
 from dlm_dist.training.resume import Resume, average_notes
 from dlm_dist.training.weight_average import WeightAverage, decay
-from tests.training.conftest import run_steps, tiny_config, tiny_engine
+from tests.training.conftest import run_steps, save_checkpoint, tiny_config, tiny_engine
 
 LAYOUTS = {
     "0": ("zero.stage=0",),
@@ -54,11 +54,7 @@ def train(engine, average, first, count):
 
 
 def save(engine, average, folder, step, buffers=None):
-    writer = CheckpointWriter(folder)
-    writer.start(take_snapshot(engine, step, {"global_step": step}, {}, buffers, average))
-    writer.finish()
-    writer.close()
-    return folder / f"step-{step}"
+    return save_checkpoint(engine, folder, {"global_step": step}, average=average, buffers=buffers)
 
 
 def assert_equal(ours, theirs):
