@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.distributed import runs
 from tests.distributed.loss_zero_worker import (
     ACCUMULATION,
     CASES,
@@ -27,33 +25,11 @@ from tests.distributed.loss_zero_worker import (
 pytestmark = pytest.mark.distributed
 
 WORLD = 2
-REPOSITORY = Path(__file__).resolve().parents[2]
 Results = dict[Case, list[tuple[Tensor, dict[str, Tensor]]]]
 
 
 def _run(folder: Path, repeats: int) -> Results:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(WORLD), "OMP_NUM_THREADS": "1"}
-    ranks = []
-    for rank in range(WORLD):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-        arguments = [str(rank), str(WORLD), str(folder), str(repeats)]
-        with open(folder / f"rank-{rank}.log", "w") as log:
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.distributed.loss_zero_worker", *arguments],
-                    cwd=REPOSITORY,
-                    env=environment | place,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    try:
-        codes = [process.wait(timeout=300) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    logs = "\n".join((folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(WORLD))
-    assert codes == [0] * WORLD, logs
+    runs.run_workers("tests.distributed.loss_zero_worker", WORLD, folder, str(repeats))
     return torch.load(folder / "result.pt", weights_only=True)
 
 
@@ -108,9 +84,9 @@ def test_the_zero3_gather_gives_the_same_bits_every_time(tmp_path: Path) -> None
     """A gather that races on CPU has been reported for DeepSpeed: 20 engines per head must agree to the bit."""
     results = _run(tmp_path, repeats=20)
     assert len(results) == len(HEADS)
-    for case, runs in results.items():
-        assert len(runs) == 20
-        first_loss, first = runs[0]
-        for loss, gradients in runs[1:]:
+    for case, repeats in results.items():
+        assert len(repeats) == 20
+        first_loss, first = repeats[0]
+        for loss, gradients in repeats[1:]:
             assert torch.equal(loss, first_loss), case
             assert all(torch.equal(gradients[name], first[name]) for name in first), case

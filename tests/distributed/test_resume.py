@@ -89,6 +89,19 @@ def test_a_ramp_goes_on_with_other_ranks(data, tmp_path):
     assert "train.batch_size_ramp is None, the checkpoint was trained with [[14, 4], [40, 8]]: set it" in refused.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "precision"), [(1, "adamw", "fp32"), (2, "adamw8bit", "bf16"), (3, "lion8bit", "bf16")]
+)
+def test_resume_of_offloaded_states_is_exact(stage, optimizer, precision, data, tmp_path):
+    changes = {"zero__stage": stage, "zero__offload_optimizer": "cpu", "optimizer__name": optimizer}
+
+    def settings(run):
+        return runs.overrides(data, run, train__precision=precision, **changes)
+
+    kill_twice_and_compare(settings, tmp_path, ranks=2)
+
+
 @pytest.mark.parametrize(
     ("stage", "optimizer"),
     [(1, "adamw8bit"), *(pytest.param(stage, "adamw", marks=pytest.mark.slow) for stage in (0, 2, 3))],

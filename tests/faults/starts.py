@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.faults.preload"])
 
 
-class Start:
+class Start(ABC):
     """One start of a run: its processes form one process group; output goes to `log`."""
 
     def __init__(self, arguments: Sequence[str], resume: str | None, log: Path, **environment: str) -> None:
@@ -40,21 +41,21 @@ class Start:
         self.environment = {**runs.environment(1), **environment}
 
     @property
+    @abstractmethod
     def group(self) -> int:
         """The process group of all ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def running(self) -> bool:
         """Whether any process of it is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def statuses(self) -> list[int]:
         """Exit statuses once it has ended: of every rank, or of the launcher; a signal's is negative."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rank_process(self, rank: int) -> int | None:
         """The process of `rank`; None before it is started."""
-        raise NotImplementedError
 
     def kill(self) -> None:
         """SIGKILL to all processes at once."""
