@@ -58,7 +58,7 @@ setup(
     package_data={"dlm_dist": ["py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={"test": TEST_REQUIRES},
-    entry_points={"console_scripts": ["dlm = launcher.cli:main"]},
+    entry_points={"console_scripts": ["dlm = launcher.cli:program"]},
     keywords=["diffusion language model", "masked diffusion", "RWKV-7", "Qwen3", "DeepSpeed", "ZeRO"],
     classifiers=[
         "Development Status :: 3 - Alpha",

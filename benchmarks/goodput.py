@@ -1,12 +1,14 @@
 """A week of failures in compressed time: the real trainer killed and resumed, beside the model behind `dlm goodput`.
 
-    python -m benchmarks.goodput [--seconds 600] [--between-failures 60] [--intervals 3 8 20] [--seed 0] [--quick]
-                                 [--slurm-restart FILE] [--weeks FILE] [--folder DIR] [--output FILE]
+    python -m benchmarks.goodput [--slurm] [--seconds 600] [--between-failures 60] [--intervals 3 8 20] [--seed 0]
+                                 [--quick] [--slurm-restart FILE] [--weeks FILE ...] [--folder DIR] [--output FILE]
                                  [--picture FILE.svg]
 
 For each interval between checkpoints one run of `launcher/pretrain.py` (a tiny RWKV-7, one rank, asynchronous saves) is
 killed with SIGKILL at exponentially drawn times, in training, in saves and in starts alike, and started again at once
-with --resume auto, until --seconds have passed. Its productive time is the time of the steps that count in the end.
+with --resume auto, until --seconds have passed. With --slurm it is instead a chain of jobs of two ranks on two nodes of
+a local SLURM cluster, one of which loses power at each of those times (needs root; see tests/slurm). Its productive
+time is the time of the steps that count in the end.
 The model is given what was measured: the mean seconds of a step, of the stall and of the writing of a save, and of a
 start. Two predictions: for the very failures that happened, with the time that each start took (goal: within 3 points
 of the measured share, or the share of one interval, which a failure just before or behind a save decides about), and
@@ -15,7 +17,7 @@ for failures drawn anew 1,000 times (goal: the measured share lies among the mid
 Then the figure for clusters of 8 to 1,024 nodes with a node failing every 264 days: requeue and start as measured on
 the local SLURM cluster (--slurm-restart: the record of benchmarks.slurm_restart; else a start of these runs), what
 is assumed about a cluster (`ASSUMED`), and checkpoints of a 70 B model at a stated storage rate. Goal: at least 97 %
-productive at 512 nodes. --weeks takes the runs of an earlier record, and computes and draws the rest anew. Needs
+productive at 512 nodes. --weeks takes the runs of earlier records, and computes and draws the rest anew. Needs
 matplotlib for the picture. Ends with one line of JSON.
 """
 
@@ -26,25 +28,19 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.killed_runs import Life, Lives, lives_of_processes, lives_on_cluster, write_rows
 from benchmarks.machine import describe
-from data_pipeline.shards import write_source
-from data_pipeline.tokenizers import load
 from dlm_dist.goodput import (
     DAY,
     Failure,
@@ -57,8 +53,8 @@ from dlm_dist.goodput import (
 )
 from dlm_dist.training.checkpoint_files import list_checkpoints, step_of
 from dlm_dist.training.metrics import json_line
+from tests.slurm.cluster import missing
 
-ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 0.03
 GOAL = 0.97
 DRAWS = 1000
@@ -75,73 +71,6 @@ ASSUMED = {
     "hang_share": 0.05,
     "hang_minutes": 10.0,
 }
-
-SETTINGS = [
-    "run.seed=0",
-    "model.backbone=rwkv7",
-    "model.hidden_size=64",
-    "model.num_hidden_layers=2",
-    "model.head_size=32",
-    "train.max_steps=10000000",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=8",
-    "train.device=cpu",
-    "train.cpu_threads=1",
-    "train.precision=fp32",
-    "optimizer.schedule=constant",
-    "checkpoint.asynchronous=true",
-    "checkpoint.keep_last=2",
-]
-
-
-@dataclass
-class Life:
-    """One start of the trainer: when its lines came, by time.monotonic()."""
-
-    begun: float
-    ended: float = 0.0
-    steps: list[tuple[float, int]] = field(default_factory=list)
-    saves: list[float] = field(default_factory=list)
-    """Seconds from the beginning of a save until all ranks know that it is published."""
-
-    def read(self, lines: IO[str], log: IO[str]) -> None:
-        """Note when each step ended, until the trainer does."""
-        for line in lines:
-            if found := re.match(r"step (\d+)/", line):
-                self.steps.append((time.monotonic(), int(found[1])))
-            elif found := re.search(r" saved .* in ([\d.]+) s", line):
-                self.saves.append(float(found[1]))
-            else:
-                log.write(line)
-
-
-def live(folder: Path, data: Path, every: int, until: float) -> Life:
-    """Start the run in `folder`, and kill it at `until`."""
-    command = [sys.executable, str(ROOT / "launcher" / "pretrain.py"), "--config", str(folder / "empty.yaml")]
-    command += ["--resume", "auto", *SETTINGS, f"run.dir={folder / 'run'}", f"data.train.0.path={data}"]
-    command += [f"checkpoint.every={every}"]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    life = Life(time.monotonic())
-    with open(folder / "log", "a") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, start_new_session=True
-        )
-        assert process.stdout is not None
-        reader = threading.Thread(target=life.read, args=(process.stdout, log))
-        reader.start()
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-        else:
-            raise RuntimeError(f"the trainer has ended by itself: {folder / 'log'} says why")
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            reader.join()
-            life.ended = time.monotonic()
-    return life
 
 
 def kept_steps(lives: list[Life]) -> int:
@@ -209,16 +138,13 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
 def week(folder: Path, data: Path, interval: float, step: float, options: argparse.Namespace) -> dict[str, Any]:
     """One run with failures for --seconds, and what the model says of it."""
     folder.mkdir()
-    (folder / "empty.yaml").write_text("{}\n")
     every = max(1, round(interval / step))
     draw = Run(nodes=1, interval=1.0, stall=0.0, restart=0.0, node_mtbf=options.between_failures)
-    begun = time.monotonic()
-    lives: list[Life] = []
-    for failure in draw_failures(draw, options.seed):
-        until = begun + min(failure.time, options.seconds)
-        lives.append(live(folder, data, every, until))
-        if failure.time >= options.seconds:
-            break
+    times = (failure.time for failure in draw_failures(draw, options.seed))
+    lives = options.lives(
+        folder, data, every, list(itertools.takewhile(lambda time: time < options.seconds, times)), options.seconds
+    )
+    begun = lives[0].begun
     found = measured(lives, folder / "run")
     failures = [Failure(life.ended - begun, False) for life in lives[:-1]]
     run = replace(
@@ -229,6 +155,7 @@ def week(folder: Path, data: Path, interval: float, step: float, options: argpar
         restart=found["restart_seconds"],
     )
     return {
+        "slurm": options.slurm,
         "interval_seconds": run.interval,
         "every": every,
         **found,
@@ -257,20 +184,12 @@ def compare(run: Run, found: dict[str, Any], failures: list[Failure]) -> dict[st
     }
 
 
-def write_rows(folder: Path) -> None:
-    """A data set of 256 rows of 64 bytes."""
-    tokenizer = load("bytes")
-    text = "".join(f"{i:06d} a row of text that is cut at 64 bytes. " for i in range(512))
-    write_source(folder, np.stack([tokenizer.encode(text[64 * i : 64 * (i + 1)]) for i in range(256)]), tokenizer)
-
-
-def step_time(folder: Path, data: Path, seconds: float) -> float:
-    """Seconds of a step of a run that nobody kills for a while."""
+def step_time(folder: Path, data: Path, seconds: float, lives: Lives) -> float:
+    """Seconds of a step of a run that nothing ends for a while."""
     folder.mkdir()
-    (folder / "empty.yaml").write_text("{}\n")
-    life = live(folder, data, 10**6, time.monotonic() + seconds)
+    (life,) = lives(folder, data, 10**6, [], seconds)
     if len(life.steps) < 10:
-        raise RuntimeError(f"{len(life.steps)} steps in {seconds:g} s: {folder / 'log'} may say why")
+        raise RuntimeError(f"{len(life.steps)} steps in {seconds:g} s: {folder} may say why")
     return statistics.median(b[0] - a[0] for a, b in itertools.pairwise(life.steps))
 
 
@@ -355,11 +274,15 @@ def draw_picture(result: dict[str, Any], path: Path) -> None:
             below, height = zip(*(_bar(found, kind, of) for found in weeks), strict=True)
             label = kind if of == "measured" else None
             right.bar(places + shift, height, 0.36, bottom=below, color=colour, label=label)
-    right.set_xticks(places, [f"{found['interval_seconds']:.1f} s" for found in weeks])
+    right.set_xticks(places, [f"{found['interval_seconds']:.1f} s{_place(found)}" for found in weeks])
     right.set(xlabel="training between saves", ylabel="share of the time (%)", ylim=(0, 100))
     right.set_title("the real trainer killed again and again: measured (left), model (right)", fontsize=9)
     right.legend(fontsize=8, loc="lower right")
     save(figure, path)
+
+
+def _place(found: dict[str, Any]) -> str:
+    return "\nSLURM" if found.get("slurm") else ""
 
 
 def _bar(found: dict[str, Any], kind: str, of: str) -> tuple[float, float]:
@@ -381,7 +304,8 @@ def print_tables(result: dict[str, Any]) -> None:
         print(
             f"{found['interval_seconds']:>11.1f} s  {found['failures']:>8}  {100 * shares['productive']:>8.1f} %  "
             f"{100 * shares['stall']:>5.2f}  {100 * shares['lost']:>5.1f}  {100 * shares['restart']:>7.1f}  "
-            f"{100 * model['for_these_failures']['productive']:>19.1f} %  {100 * low:.1f} to {100 * high:.1f} %"
+            f"{100 * model['for_these_failures']['productive']:>19.1f} %  {100 * low:.1f} to {100 * high:.1f} %  "
+            f"{_place(found).strip()}"
         )
     print("nodes  save every  productive (simulated)")
     for row in result["cluster"]["runs"]:
@@ -396,7 +320,7 @@ def run_weeks(options: argparse.Namespace) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="goodput-benchmark-", dir=options.folder)).resolve()
     try:
         write_rows(folder / "train")
-        step = step_time(folder / "free", folder / "train", 40.0)
+        step = step_time(folder / "free", folder / "train", 40.0, options.lives)
         weeks = [
             week(folder / f"week-{i}", folder / "train", interval, step, options)
             for i, interval in enumerate(options.intervals)
@@ -408,6 +332,12 @@ def run_weeks(options: argparse.Namespace) -> dict[str, Any]:
     return {"benchmark": "goodput", **measured_on, **settings, "draws": DRAWS, "weeks": weeks}
 
 
+def read_weeks(paths: list[Path]) -> dict[str, Any]:
+    """The first of the records at `paths`, with the runs of all."""
+    first, *others = (json.loads(path.read_text()) for path in paths)
+    return {**first, "weeks": [found for record in (first, *others) for found in record["weeks"]]}
+
+
 def main(arguments: list[str]) -> int:
     """Print the tables and one line of JSON."""
     parser = argparse.ArgumentParser(prog="benchmarks.goodput", description=__doc__)
@@ -415,16 +345,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--between-failures", type=float, default=60.0, help="seconds, on average (default 60)")
     parser.add_argument("--intervals", type=float, nargs="+", default=[3.0, 8.0, 20.0], help="seconds between saves")
     parser.add_argument("--seed", type=int, default=0, help="of the failures")
+    parser.add_argument("--slurm", action="store_true", help="on a local SLURM cluster of two nodes that lose power")
     parser.add_argument("--quick", action="store_true", help="one run of 75 s: shows that it runs")
     parser.add_argument("--slurm-restart", type=Path, metavar="FILE", help="record of benchmarks.slurm_restart")
-    parser.add_argument("--weeks", type=Path, metavar="FILE", help="a record whose runs are not to be made again")
+    parser.add_argument("--weeks", type=Path, nargs="+", metavar="FILE", help="records of runs, not to be made again")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where the runs are (default: here)")
     parser.add_argument("--output", type=Path, help="also write the JSON line to this file")
     parser.add_argument("--picture", type=Path, help="draw this file (SVG)")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seconds, options.between_failures, options.intervals = 75.0, 40.0, [2.0]
-    record = run_weeks(options) if options.weeks is None else json.loads(options.weeks.read_text())
+    options.lives = lives_of_processes
+    if options.slurm:
+        if (reason := missing()) is not None:
+            print(f"goodput: {reason}", file=sys.stderr)
+            return 2
+        options.lives = lives_on_cluster
+    record = run_weeks(options) if options.weeks is None else read_weeks(options.weeks)
     start = statistics.fmean(found["restart_seconds"] for found in record["weeks"])
     if options.slurm_restart is not None:
         parts = json.loads(options.slurm_restart.read_text())["seconds"]

@@ -22,32 +22,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.goodput import SETTINGS, write_rows
+from benchmarks.killed_runs import submit, write_rows
 from benchmarks.machine import describe, spread
 from dlm_dist.training.checkpoint_files import list_checkpoints
 from dlm_dist.training.metrics import json_line
 from tests.slurm.cluster import Cluster, local_cluster, missing
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def restarts(cluster: Cluster, folder: Path, kills: int) -> dict[str, list[float]]:
     """Seconds of each part of `kills` restarts."""
     run = folder / "run"
-    (folder / "empty.yaml").write_text("{}\n")
     write_rows(folder / "train")
-    settings = [*SETTINGS, f"run.dir={run}", f"data.train.0.path={folder / 'train'}", "checkpoint.every=20"]
-    job = cluster.submit(
-        f"--chdir={ROOT}",
-        "--nodes=2",
-        f"--array=0-{kills}%1",
-        f"--output={folder}/%a.out",
-        "slurm/pretrain.sbatch",
-        str(folder / "empty.yaml"),
-        *settings,
-        "train.micro_batch_size=4",
-        environment={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DLM_VENV": "none"},
-    )
+    job = submit(cluster, folder, folder / "train", f"0-{kills}%1", every=20)
     found: dict[str, list[float]] = {"detect": [], "requeue": [], "start": []}
     events = run / "chain" / "attempts.jsonl"
     for kill in range(kills):

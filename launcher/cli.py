@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from launcher.chain_command import add_chain_command
 from launcher.checkpoint_commands import add_checkpoint_commands
@@ -22,6 +23,7 @@ from launcher.generate_command import add_generate_command
 from launcher.goodput_command import add_goodput_command
 from launcher.info_commands import add_info_commands
 from launcher.init_command import add_init_command
+from launcher.leaving import leave
 from launcher.status_command import add_status_command
 from launcher.sweep_commands import add_sweep_commands
 
@@ -88,5 +90,13 @@ def error_sentence(error: ValueError | OSError) -> str:
     return str(error)
 
 
+def program() -> NoReturn:
+    """The process `dlm`."""
+    status = main()
+    if "RANK" in os.environ:
+        leave(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -106,9 +106,6 @@ def _tell(sentence: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Everything is closed. Threads of the collectives that are still around may abort the interpreter's own way out
-    # ("terminate called without an active exception"), and a run that reached its end would count as failed.
-    os._exit(status)
+    from launcher.leaving import leave
+
+    leave(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import re
 import resource
 import subprocess
@@ -118,6 +119,25 @@ def test_a_reader_that_leaves_is_no_traceback():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 1
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_a_rank_leaves_without_the_interpreters_way_out(rank):
+    """On which threads of the collectives abort now and then, after all the work is done."""
+    program = (
+        "import atexit, launcher.cli as cli\n"
+        "atexit.register(print, 'the way out')\n"
+        "cli._GROUPS = (lambda s: s.add_parser('try').set_defaults(run=lambda a: print('work', end=', ') or 3),)\n"
+        "cli.sys.argv[1:] = ['try']\n"
+        "cli.program()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"} | (
+        {"RANK": rank} if rank else {}
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == ("work, " if rank else "work, the way out\n")
 
 
 def test_doctor_tries_and_reports(monkeypatch, capsys):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import goodput, slurm_restart
-from benchmarks.goodput import Life, kept_steps, measured
+from benchmarks.goodput import kept_steps, measured
+from benchmarks.killed_runs import Life
 
 
 def life(begun: float, ended: float, first: float, steps: range) -> Life:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dlm_dist.config import resolve_batch
 from dlm_dist.training.distributed import start_distributed
+from launcher.leaving import leave
 from tests.training.conftest import run_steps, tiny_config
 
 
@@ -57,3 +58,4 @@ if __name__ == "__main__":
     start_distributed("cpu", 1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run(job)
+    leave(0)

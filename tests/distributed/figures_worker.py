@@ -26,6 +26,7 @@ from dlm_dist.training.distributed import start_distributed
 from dlm_dist.training.engine import build_engine
 from dlm_dist.training.progress import Progress
 from dlm_dist.training.starting_model import whole_parts
+from launcher.leaving import leave
 from tests.distributed.guard_worker import Log, make_stepper
 from tests.training.conftest import micro_batch, tiny_config, tiny_model
 
@@ -143,8 +144,8 @@ def main(rank: int, world: int, folder: Path, wrappers: list[str]) -> None:
     if rank == 0:
         torch.save(results, folder / "figures.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    leave(0)

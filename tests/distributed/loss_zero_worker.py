@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dlm_dist.models import build
+from launcher.leaving import leave
 
 ACCUMULATION = 2
 BATCH, LENGTH, VOCABULARY = 2, 12, 211
@@ -154,8 +155,8 @@ def main(rank: int, world: int, folder: Path, repeats: int) -> None:
     if rank == 0:
         torch.save(results, folder / "result.pt")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    leave(0)

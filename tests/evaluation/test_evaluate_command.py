@@ -62,6 +62,7 @@ def evaluate(capsys, monkeypatch):
 
     def call(checkpoint: Path, data: Path, *options: str) -> tuple[int, str, str]:
         arguments = ["evaluate", "--checkpoint", str(checkpoint), "--data", str(data), "--device", "cpu", *options]
+        capsys.readouterr()  # what making the checkpoint has said
         return (cli.main(arguments), *capsys.readouterr())
 
     return call

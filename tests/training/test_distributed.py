@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 WORKER = """
 import sys
 from dlm_dist.training.distributed import start_distributed
+from launcher.leaving import leave
 device = start_distributed("cpu", cpu_threads=3)
 import deepspeed, torch
 assert torch.get_num_threads() == 3
@@ -22,7 +23,7 @@ value = torch.ones(3) * (1 + torch.distributed.get_rank())
 deepspeed.comm.all_reduce(value)
 assert value.tolist() == [3.0] * 3, value
 print(device, "done")
-torch.distributed.destroy_process_group()
+leave(0)
 """
 
 
