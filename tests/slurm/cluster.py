@@ -127,6 +127,8 @@ class Cluster:
         for daemon in self._daemons.values():
             daemon.wait(timeout=30)
         for name in self.names:
+            # The cable first: with the namespace alone it would vanish some time later.
+            subprocess.run(["ip", "link", "delete", self._cable(name)], capture_output=True)
             subprocess.run(["ip", "netns", "delete", self._namespace(name)], capture_output=True)
         subprocess.run(["ip", "link", "delete", self._bridge], capture_output=True)
 
