@@ -9,13 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dlm_dist.training.chain import FINISHED, Chain, NodeResult, judge, read_results
+from dlm_dist.training.chain import FINISHED, Chain, NodeResult, fell_silent, judge, read_results
 from dlm_dist.training.switches import DONE, STOP
+from launcher.node import Place
 from launcher.slurm import Job
+
+if TYPE_CHECKING:
+    from dlm_dist.config import RunConfig
+    from dlm_dist.training.lease import Lease
 
 MAX_FRUITLESS = 3
 
@@ -27,6 +33,9 @@ _SECONDS_AFTER_THE_FIRST = 120.0
 """More than srun --wait and SLURM's KillWait together."""
 
 _SECONDS_BETWEEN_LOOKS = 15.0
+
+_SECONDS_AROUND_THE_LIMIT = 60.0
+"""SLURM looks at time limits about once a minute."""
 
 
 def add_chain_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,14 +59,19 @@ def add_chain_command(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
         help="attempts in a row without a new checkpoint before the chain stops (default: %(default)s)",
     )
     chain.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace those of the file")
-    chain.add_argument("--command", nargs=argparse.REMAINDER, required=True, help="starts the ranks; the last option")
+    chain.add_argument(
+        "--command",
+        nargs=argparse.REMAINDER,
+        required=True,
+        help="starts the ranks; the last option. {nodes} and {nodelist} in it become those that the run is to use",
+    )
     chain.set_defaults(run=run_chain)
 
 
 def run_chain(options: argparse.Namespace) -> int:
     """Go on with the run if there is anything to do, and decide what comes after it."""
     from dlm_dist.config import load_config
-    from dlm_dist.training.lease import Lease, LeaseError
+    from dlm_dist.training.lease import LeaseError
 
     config = load_config(options.config, options.overrides)
     run_dir = config.run.dir
@@ -67,21 +81,46 @@ def run_chain(options: argparse.Namespace) -> int:
         return marked
     chain = Chain(run_dir)
     try:
-        lease = Lease(chain.folder, tell=_tell)
+        lease = _take(chain.folder, chain, job)
     except LeaseError as error:
         _tell(f"not started, another chain is at work: {error}")
         return _STOPPED
     try:
         # A run that was started by hand; also, the ranks need not wait for a sign of an owner whose node is gone.
-        Lease(run_dir, tell=_tell).release()
+        _take(run_dir, chain, job).release()
         # Who was at work until now may have finished.
         marked = _status_by_marker(run_dir)
-        return marked if marked is not None else _attempt(options, run_dir, job, chain)
+        return marked if marked is not None else _attempt(options, config, job, chain)
     except LeaseError as error:
         _tell(f"not started: {error}")
         return _STOPPED
     finally:
         lease.release()
+
+
+def _take(folder: Path, chain: Chain, job: Job) -> Lease:
+    """The lease of `folder`. Waits for an owner of this job's own array, of which SLURM believes that it has ended.
+
+    That happens where a node is cut off from SLURM and goes on. To end would use up the tasks of the array.
+    """
+    from dlm_dist.training.lease import Lease, LeaseError
+
+    waited = False
+    while True:
+        try:
+            return Lease(folder, tell=_tell)
+        except LeaseError as error:
+            attempts = chain.attempts()
+            if not attempts or _array(attempts[-1].name) != _array(job.name):
+                raise
+            if not waited:
+                _tell(f"an earlier job of this array is still at work, waiting for its end: {error}")
+            waited = True
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _array(name: str) -> str:
+    return name.partition("_")[0].partition("-")[0]
 
 
 def _status_by_marker(run_dir: Path) -> int | None:
@@ -96,17 +135,22 @@ def _status_by_marker(run_dir: Path) -> int | None:
     return None
 
 
-def _attempt(options: argparse.Namespace, run_dir: Path, job: Job, chain: Chain) -> int:
+def _attempt(options: argparse.Namespace, config: RunConfig, job: Job, chain: Chain) -> int:
+    run_dir = config.run.dir
+    _explain_the_last(run_dir, chain)
     if _gives_up(chain, options.max_fruitless, run_dir) or _sits_on_a_bad_node(chain, job):
         return _STOPPED
+    nodes = _nodes_that_fit(config, job)
     logs = run_dir / "logs" / job.attempt
     started = time.time()
-    chain.begin(job.attempt, job.nodes)
-    _tell(f"attempt {job.attempt} on {','.join(job.nodes)}, newest checkpoint: {chain.newest()}; logs in {logs}")
+    chain.begin(job.attempt, nodes)
+    _tell(f"attempt {job.attempt} on {','.join(nodes)}, newest checkpoint: {chain.newest()}; logs in {logs}")
+    places = {"{nodes}": str(len(nodes)), "{nodelist}": ",".join(nodes)}
+    command = [_filled(word, places) for word in options.command]
     arguments = ["--config", str(options.config), "--resume", "auto", *options.overrides]
-    status, told = _run([*options.command, *arguments], logs)
-    results = read_results(logs)
-    outcome = judge(job.nodes, results, _laggard_nodes(run_dir, started, results), status)
+    status, told = _run([*command, *arguments], logs, job, chain)
+    results = _results(logs)
+    outcome = judge(nodes, results, _laggard_nodes(run_dir, started, results), status, told)
     chain.end(job.attempt, outcome, told)
     _tell(f"attempt {job.attempt} ended with status {outcome.status}, newest checkpoint: {chain.newest()}")
     for node, why in outcome.blamed.items():
@@ -119,17 +163,69 @@ def _attempt(options: argparse.Namespace, run_dir: Path, job: Job, chain: Chain)
     return outcome.status
 
 
-def _run(command: Sequence[str], logs: Path) -> tuple[int, bool]:
-    """Run `command` -> (exit status, whether this job was asked to end meanwhile).
+def _explain_the_last(run_dir: Path, chain: Chain) -> None:
+    """Blame the node that died where the last attempt has no end: its heart stopped long before the others' did."""
+    from dlm_dist.training.watchdog import read_heartbeats
+
+    attempts = chain.attempts()
+    if not attempts or attempts[-1].status is not None or attempts[-1].told or attempts[-1].blamed:
+        return
+    blamed = fell_silent(attempts[-1], read_heartbeats(run_dir / "heartbeats"))
+    if blamed:
+        chain.died(attempts[-1].name, blamed)
+        for node, why in blamed.items():
+            _tell(f"node {node} failed in attempt {attempts[-1].name}: {why}")
+
+
+def _nodes_that_fit(config: RunConfig, job: Job) -> tuple[str, ...]:
+    """The most of the job's nodes whose ranks divide the global batch; all where no number does: the run says why."""
+    from dlm_dist.config import ConfigError, resolve_batch
+
+    ranks = Place.here(os.environ).ranks
+    for count in range(len(job.nodes), 0, -1):
+        try:
+            resolve_batch(config.train, count * ranks)
+        except ConfigError:
+            continue
+        if count < len(job.nodes):
+            _tell(
+                f"warning: {len(job.nodes)} nodes of {ranks} ranks do not divide train.global_batch_size = "
+                f"{config.train.global_batch_size}: goes on with {count}, {','.join(job.nodes[count:])} idle"
+            )
+        return job.nodes[:count]
+    return job.nodes
+
+
+def _filled(word: str, places: Mapping[str, str]) -> str:
+    for place, value in places.items():
+        word = word.replace(place, value)
+    return word
+
+
+def _results(logs: Path) -> list[NodeResult]:
+    """`read_results`, once more where a shared file system fails for a moment; nothing where it goes on."""
+    for _ in range(5):
+        try:
+            return read_results(logs)
+        except (OSError, ValueError) as error:
+            failure = error
+            time.sleep(2.0)
+    _tell(f"warning: what the nodes have recorded cannot be read: {failure}")
+    return []
+
+
+def _run(command: Sequence[str], logs: Path, job: Job, chain: Chain) -> tuple[int, bool]:
+    """Run `command` -> (exit status, whether this job was asked to end before its time limit).
 
     Of SIGTERM the ranks have heard as well. SIGUSR1 comes to this process alone with `sbatch --signal=B:USR1@T`. The
     command is ended when the launcher of a node has long ended: srun waits for ever for tasks whose end it was not
     told, since a network between the nodes was cut.
     """
-    told: list[int] = []
+    signals: list[int] = []
+    told = False
 
     def note(number: int, frame: FrameType | None) -> None:
-        told.append(number)
+        signals.append(number)
         if number == signal.SIGUSR1:
             process.send_signal(number)
 
@@ -139,11 +235,15 @@ def _run(command: Sequence[str], logs: Path) -> tuple[int, bool]:
     look = time.monotonic()
     try:
         while process.poll() is None:
+            if not told and _asked_to_end(signals, job):
+                told = True
+                chain.asked_to_end(job.attempt)  # SLURM may kill this process before the ranks have saved
             if deadline is None and time.monotonic() > look:
                 # Not more often: a large job has a thousand files on a file system of many users.
                 look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
-                if any(result.status is not None for result in read_results(logs)):
-                    deadline = time.monotonic() + _SECONDS_AFTER_THE_FIRST
+                with suppress(OSError, ValueError):
+                    if any(result.status is not None for result in read_results(logs)):
+                        deadline = time.monotonic() + _SECONDS_AFTER_THE_FIRST
             if deadline is not None and time.monotonic() > deadline:
                 _tell(f"{command[0]} has not ended {_SECONDS_AFTER_THE_FIRST:g} s after the first node: killed")
                 process.kill()
@@ -153,7 +253,13 @@ def _run(command: Sequence[str], logs: Path) -> tuple[int, bool]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return (status if status >= 0 else 128 - status), any(number != signal.SIGUSR1 for number in told)
+    return (status if status >= 0 else 128 - status), told or _asked_to_end(signals, job)
+
+
+def _asked_to_end(signals: Sequence[int], job: Job) -> bool:
+    """Whether SLURM or a person wants the job's end; not where its time is up, for which SIGUSR1 has come before."""
+    at_its_limit = job.ends is not None and time.time() > job.ends - _SECONDS_AROUND_THE_LIMIT
+    return not at_its_limit and any(number != signal.SIGUSR1 for number in signals)
 
 
 def _gives_up(chain: Chain, limit: int, run_dir: Path) -> bool:
@@ -172,10 +278,10 @@ def _sits_on_a_bad_node(chain: Chain, job: Job) -> bool:
     if not bad:
         return False
     waiting = job.waiting()
-    if not waiting:
-        _tell(f"warning: {', '.join(bad)} failed before, and no other job waits: trying again")
+    if not waiting or not job.exclude(waiting, excluded):
+        why = "too few others work" if waiting else "no other job waits"
+        _tell(f"warning: {', '.join(bad)} failed before, and {why}: trying again")
         return False
-    job.exclude(waiting, excluded)
     _tell(f"not started: {', '.join(bad)} failed before; {len(waiting)} jobs that wait are now kept off it")
     return True
 
@@ -189,8 +295,9 @@ def _pass_on(chain: Chain, job: Job) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         job.requeue()
     if excluded:
-        job.exclude(waiting or [job.name], excluded)
-        _tell(f"{', '.join(excluded)}: the jobs to come are kept off it")
+        kept_off = job.exclude(waiting or [job.name], excluded)
+        what = "the jobs to come are kept off it" if kept_off else "not excluded, since too few others work"
+        _tell(f"{', '.join(excluded)}: {what}")
 
 
 def _laggard_nodes(run_dir: Path, since: float, results: Sequence[NodeResult]) -> set[str]:

@@ -1,7 +1,8 @@
 """The ranks of one node: `srun --ntasks-per-node=1 python -m launcher.node PROGRAM [ARGUMENT ...]`.
 
 Starts one process per rank, each on its share of the node's cores and with a log of its own, and records the node's
-environment and how each rank ended. When a rank fails, the others get a few seconds to say why they end as well.
+environment and how each rank ended. When a rank fails, the others get a few seconds to say why they end as well. The
+exit status is 0 where all ranks finished, or stopped early with a checkpoint: the record tells them apart.
 
 Environment: RANKS_PER_NODE (default: SLURM_GPUS_ON_NODE, or 1), CPU_BIND (`none`: ranks are not bound),
 MASTER_ADDR, MASTER_PORT (default: the first node, and a port from the job's number), DLM_LOG_DIR (default: logs).
@@ -35,7 +36,9 @@ _RECORDED = re.compile(r"(SLURM|NCCL|GLOO|UCX|FI|CUDA|OMP|MASTER|TORCH|DS|DLM|RA
 GRACE_SECONDS = 10.0
 """How long the other ranks, here and on other nodes, may take to fail by themselves and say why."""
 
-_ALRIGHT = (0, 75)
+_STOPPED_EARLY = 75
+
+_ALRIGHT = (0, _STOPPED_EARLY)
 """Exit statuses of ranks that ended together: finished, or stopped early with a checkpoint."""
 
 _SYSTEM = Path("/sys/devices/system")
@@ -101,6 +104,8 @@ def main(program: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         # SLURM signals every process of a step; the ranks know what to do.
         signal.signal(number, lambda number, _: signals.append(number))
+    # At once: who leaves no record is taken for a node on which nothing starts.
+    _write(folder, {"node": place.name, "status": None, "told": ""})
     record = _record(place)
     _write(folder, record)
     ranks = _start(place, program, folder)
@@ -113,7 +118,15 @@ def main(program: Sequence[str]) -> int:
 
 def _start(place: Place, program: Sequence[str], folder: Path) -> list[Rank]:
     allowed = os.sched_getaffinity(0)
-    bound = None if os.environ.get("CPU_BIND") == "none" else shares(cores_by_place(allowed), place.ranks)
+    cores = cores_by_place(allowed)
+    bound = None if os.environ.get("CPU_BIND") == "none" else shares(cores, place.ranks)
+    if bound is None and len(cores) < place.ranks:
+        print(
+            f"node {place.name}: warning: {place.ranks} ranks share {len(cores)} cores, and will be slow: ask for "
+            "more (sbatch --exclusive, or --cpus-per-task)",
+            file=sys.stderr,
+            flush=True,
+        )
     ranks = []
     # A signal that comes while a rank still imports its libraries waits (training/stop_requests.py).
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
@@ -165,6 +178,7 @@ def _wait(
         failed = [rank for rank in ranks if rank.process.returncode not in (None, *_ALRIGHT, *from_outside)]
         if failed and first is None:
             first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+            record = record | {"failed": time.time()}
             # At once: who is ended from outside now must have said what failed.
             _write(folder, record | {"status": _status(first.process.returncode), "told": _last_lines(first.log)})
         if deadline is None or (not running and place.nodes == 1):
@@ -245,6 +259,8 @@ def _warn_of_loopback(place: Place) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        # No failure to srun, which would end the launchers of other nodes while they still close their files.
+        sys.exit(0 if status == _STOPPED_EARLY else status)
     except (ValueError, OSError) as error:
         sys.exit(f"launcher.node: error: {error}")

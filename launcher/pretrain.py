@@ -16,8 +16,8 @@ USER_ERROR = 2
 INTERRUPTED = 130
 LOST_CONTACT = 74  # EX_IOERR: another rank has ended, and its status says why
 STOPPED_EARLY = 75  # EX_TEMPFAIL: saved, and to be gone on with
-# What gloo says to a rank whose neighbour is gone.
-_LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# What gloo and NCCL say to a rank whose neighbour is gone.
+_LOST_CONTACT = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
 _NEIGHBOUR_ENDED = "lost contact with another rank, which has ended: its own message says why"
 
 

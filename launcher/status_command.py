@@ -31,7 +31,7 @@ def run_status(arguments: argparse.Namespace) -> int:
     from dlm_dist.runs.folder import find_runs
     from dlm_dist.runs.status import read_status
 
-    found = [read_status(path) for path in find_runs(arguments.paths)]
+    found = [read_status(path) for path in find_runs(arguments.paths, attempted=True)]
     if arguments.json:
         print(json.dumps({"runs": [asdict(status) for status in found]}))
     else:

@@ -2,25 +2,29 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from dlm_dist.training.chain import Chain, Outcome
+from launcher import slurm
 from launcher.node import cores_by_place, shares
 from launcher.slurm import adopt_srun_task, first_host, rendezvous_port
 from tests.distributed import runs
 
 CONFIG = "tests/distributed/tiny.yaml"
 RUN = """\
-import sys, pathlib, os
+import sys, pathlib, os, signal, time
 run = pathlib.Path([word for word in sys.argv if word.startswith("run.dir=")][0][8:])
 (run / "called").write_text(" ".join(sys.argv[1:]))
 if {saves}:
     (run / "checkpoints" / "step-5").mkdir(parents=True)
     (run / "checkpoints" / "step-5" / "manifest.json").touch()
+{more}
 sys.exit({status})
 """
 
@@ -31,34 +35,36 @@ def chain(tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     asked = tmp_path / "asked"
-    for name in ("scontrol", "squeue"):
+    for name in ("scontrol", "squeue", "sinfo"):
         (programs / name).write_text(
             f'#!/bin/sh\necho "{name} $@" >> {asked}\ncase "{name} $2" in\n'
-            f'"scontrol hostnames") printf "a\\nb\\n" ;;\n"scontrol job") echo "ExcNodeList=z" ;;\n'
-            f"squeue*) cat {tmp_path}/waiting ;;\nesac\n"
+            f'"scontrol hostnames") echo "$3" | tr , "\\n" ;;\n"scontrol job") echo "ExcNodeList=z" ;;\n'
+            f"squeue*) cat {tmp_path}/waiting ;;\nsinfo*) cat {tmp_path}/working ;;\nesac\n"
         )
         (programs / name).chmod(0o755)
 
-    def call(status=0, saves=False, waiting="7_1\n7_2\n"):
+    def call(status=0, saves=False, waiting="7_1\n7_2\n", working="a b c", nodes="a,b", more="", ends=None):
         asked.write_text("")
         (tmp_path / "waiting").write_text(waiting)
-        (tmp_path / "run.py").write_text(RUN.format(status=status, saves=saves))
+        (tmp_path / "working").write_text(working.replace(" ", "\n"))
+        (tmp_path / "run.py").write_text(RUN.format(status=status, saves=saves, more=more))
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "launcher.cli", "chain", "--config", CONFIG),
                 *runs.overrides(tmp_path / "data", tmp_path / "run"),
-                *("--command", sys.executable, str(tmp_path / "run.py")),
+                *("--command", sys.executable, str(tmp_path / "run.py"), "nodes={nodelist}/{nodes}"),
             ],
             cwd=runs.REPOSITORY,
             env=os.environ
-            | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "8", "SLURM_JOB_NODELIST": "a,b"}
-            | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"},
+            | {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "8", "SLURM_JOB_NODELIST": nodes}
+            | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_PARTITION": "main"}
+            | ({"SLURM_JOB_END_TIME": str(ends)} if ends is not None else {}),
             capture_output=True,
             text=True,
             timeout=60,
         )
-        changes = [line for line in asked.read_text().splitlines() if "update" in line or "requeue" in line]
-        return done.returncode, done.stderr, changes
+        wanted = [line for line in asked.read_text().splitlines() if "update" in line or "requeue" in line]
+        return done.returncode, done.stderr, wanted
 
     (tmp_path / "run").mkdir()
     call.run = tmp_path / "run"
@@ -69,7 +75,7 @@ def test_a_finished_run_is_marked_and_not_started_again(chain):
     assert chain(0, saves=True)[::2] == (0, [])
     assert (chain.run / "DONE").read_text() == "job 7_0 reached the last step, 5\n"
     called = (chain.run / "called").read_text()
-    assert called.startswith(f"--config {CONFIG} --resume auto model.backbone=rwkv7")
+    assert called.startswith(f"nodes=a,b/2 --config {CONFIG} --resume auto model.backbone=rwkv7")
     (chain.run / "called").unlink()
     status, said, _ = chain(1)
     assert status == 0
@@ -111,11 +117,88 @@ def test_jobs_are_kept_off_a_node_that_failed_twice(chain):
     status, said, asked = chain(0)
     assert (status, asked) == (3, ["scontrol update JobId=7_1,7_2 ExcNodeList=z,b"])
     assert "b failed before" in said
-    # Nobody else is there to go on: better on that node than not at all.
-    assert chain(75, saves=True, waiting="")[::2] == (
-        75,
+    # Nobody else is there to go on: better on that node than not at all. It gets on, and all is forgotten.
+    assert chain(75, saves=True, waiting="")[::2] == (75, ["scontrol requeue 7_0"])
+
+
+def test_a_job_that_goes_back_into_the_queue_is_kept_off_a_bad_node(chain):
+    Chain(chain.run).begin("6_0", ["a", "b"])
+    Chain(chain.run).end("6_0", Outcome(1, {"b": "x"}), False)
+    fails_on_b = (
+        "import json; logs = pathlib.Path(os.environ['DLM_LOG_DIR']); logs.mkdir(parents=True)\n"
+        "for node, status in (('a', 74), ('b', 9)):\n"
+        "    (logs / f'node-{node}.json').write_text(json.dumps({'node': node, 'status': status, 'told': 'x'}))"
+    )
+    assert chain(1, more=fails_on_b, waiting="")[::2] == (
+        9,
         ["scontrol requeue 7_0", "scontrol update JobId=7_0 ExcNodeList=z,b"],
     )
+
+
+def test_a_node_is_not_excluded_where_the_jobs_would_wait_for_ever(chain):
+    for name in ("6_0", "6_1"):
+        Chain(chain.run).begin(name, ["a", "b"])
+        Chain(chain.run).end(name, Outcome(1, {"b": "x"}), False)
+    status, said, asked = chain(75, saves=True, working="a b")
+    assert (status, asked) == (75, [])
+    assert "b failed before, and too few others work: trying again" in said
+    # It got on: what b did before is forgotten.
+    assert (chain.run / "chain" / "excluded_nodes").read_text() == ""
+
+
+def test_it_takes_as_many_nodes_as_divide_the_batch(chain):
+    status, said, _ = chain(75, saves=True, nodes="a,b,c,d,e")
+    assert status == 75
+    assert "5 nodes of 1 ranks do not divide train.global_batch_size = 8: goes on with 4, e idle" in said
+    assert (chain.run / "called").read_text().startswith("nodes=a,b,c,d/4 ")
+    assert [attempt.nodes for attempt in Chain(chain.run).attempts()] == [("a", "b", "c", "d")]
+
+
+ENDED = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(2)"
+
+
+def test_who_is_told_to_end_has_not_failed_but_at_a_time_limit(chain):
+    status, _, asked = chain(1, more=ENDED, waiting="")
+    assert (status, asked) == (1, [])
+    assert Chain(chain.run).attempts()[-1].told
+    status, _, asked = chain(1, more=ENDED, waiting="", ends=time.time() + 30)
+    assert (status, asked) == (1, ["scontrol requeue 7_0"])
+    assert not Chain(chain.run).attempts()[-1].told
+
+
+def test_a_chain_that_is_killed_has_noted_that_it_was_told_to_end(chain):
+    kill = "os.kill(os.getppid(), signal.SIGTERM); time.sleep(2); os.kill(os.getppid(), signal.SIGKILL)"
+    assert chain(1, more=kill)[0] == -signal.SIGKILL
+    (attempt,) = Chain(chain.run).attempts()
+    assert (attempt.status, attempt.told) == (None, True)
+
+
+def test_a_node_that_died_is_named_by_the_next_job(chain):
+    assert chain(1, more="os.kill(os.getppid(), signal.SIGKILL)")[0] == -signal.SIGKILL
+    beats = chain.run / "heartbeats"
+    beats.mkdir()
+    for rank, (host, seconds) in enumerate((("a", 300), ("b", 20))):
+        beat = {"rank": rank, "host": host, "time": time.time() + seconds, "interval": 15.0}
+        (beats / f"rank-{rank:05d}.json").write_text(json.dumps(beat))
+    _, said, _ = chain(75, saves=True)
+    assert "node b failed in attempt 7_0: it fell silent 280 s before the others" in said
+
+
+def test_slurm_is_asked_again_where_its_controller_is_away(tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text(
+        f"#!/bin/sh\necho x >> {tmp_path}/calls\n"
+        f"[ $(wc -l < {tmp_path}/calls) -gt 2 ] && echo n1 && exit 0\n"
+        'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: None)
+    job = slurm.Job.this({"SLURM_JOB_ID": "3", "SLURM_JOB_NODELIST": "n1"})
+    assert job.nodes == ("n1",)
+    assert (tmp_path / "calls").read_text().count("x") == 3
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "Invalid job id specified" >&2; exit 1\n')
+    with pytest.raises(OSError, match="Invalid job id"):
+        job.requeue()
 
 
 def test_outside_of_a_job_it_says_how_to_get_one(tmp_path):
@@ -182,9 +265,22 @@ def test_the_first_rank_that_fails_is_told_and_the_others_are_ended(node):
     status, record, done = node(program, RANKS_PER_NODE="2", CPU_BIND="none")
     assert status == 9
     assert record["status"] == 9
+    assert abs(record["failed"] - time.time()) < 60
     assert record["told"] == "no such device"
     assert record["ranks"] == {"0": 137, "1": 9}
     assert "node a: rank 1 ended with status 9" in done.stderr
+
+
+def test_an_early_stop_is_no_failure_to_srun(node):
+    """Which would end the launchers of the other nodes."""
+    status, record, _ = node("exit(75)", RANKS_PER_NODE="2", CPU_BIND="none")
+    assert (status, record["status"], record["ranks"]) == (0, 75, {"0": 75, "1": 75})
+
+
+def test_ranks_that_share_a_core_are_warned_of(node):
+    ranks = str(len(cores_by_place(os.sched_getaffinity(0))) + 1)
+    _, _, done = node("print(1)", RANKS_PER_NODE=ranks)
+    assert f"node a: warning: {ranks} ranks share " in done.stderr
 
 
 def test_a_rank_that_is_ended_from_outside_has_not_failed(node):

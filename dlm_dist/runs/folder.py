@@ -20,21 +20,30 @@ def require_run(folder: Path) -> None:
         raise ValueError(f"{folder} is no run: it has no config.yaml, which every start of a run writes")
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The runs themselves; of a folder that is none, those right below it. Raises ValueError where there is none."""
+def has_attempts(folder: Path) -> bool:
+    """Whether a chain of jobs has tried to start a run in `folder`, which need not have come to a config.yaml."""
+    return (folder / "chain" / "attempts.jsonl").is_file()
+
+
+def find_runs(paths: Sequence[Path], attempted: bool = False) -> list[Path]:
+    """The runs themselves; of a folder that is none, those right below it. Raises ValueError where there is none.
+
+    `attempted`: those too that have attempts of a chain and nothing else.
+    """
+
+    def is_run(path: Path) -> bool:
+        return (path / "config.yaml").is_file() or (attempted and has_attempts(path))
+
     found: list[Path] = []
     for path in paths:
-        below = [path] if (path / "config.yaml").is_file() or not path.is_dir() else _below(path)
+        below = [path] if is_run(path) or not path.is_dir() else sorted(filter(is_run, path.iterdir()))
         if not below:
             raise ValueError(f"{path} is no run (no config.yaml), and none of its folders is one")
         found += [run for run in below if run not in found]
     for run in found:
-        require_run(run)
+        if not is_run(run):
+            require_run(run)
     return found
-
-
-def _below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if (path / "config.yaml").is_file())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dlm_dist.runs.folder import newest_records, read_config, require_run, starts
+from dlm_dist.runs.folder import has_attempts, newest_records, read_config, require_run, starts
 from dlm_dist.training.chain import Chain
 from dlm_dist.training.checkpoint_files import list_checkpoints, step_of
 from dlm_dist.training.lease import EXPIRY_SECONDS, Owner, last_owner
@@ -71,7 +71,8 @@ class Status:
 
 def read_status(run: Path, now: float | None = None) -> Status:
     """Look at `run`; `now` (Unix time) defaults to the clock of this host. Raises ValueError where it is no run."""
-    require_run(run)
+    if not has_attempts(run):
+        require_run(run)
     now = time.time() if now is None else now
     begun = starts(run)
     start = begun[-1] if begun else {}
@@ -83,7 +84,8 @@ def read_status(run: Path, now: float | None = None) -> Status:
     checkpoint = checkpoints[-1] if checkpoints else None
     saved = step_of(checkpoint) if checkpoint is not None else None
     step = records[-1]["step"] if records else saved or 0
-    max_steps = start.get("max_steps") or read_config(run)["train"]["max_steps"]
+    configured = (run / "config.yaml").is_file()
+    max_steps = start.get("max_steps") or (read_config(run)["train"]["max_steps"] if configured else None)
     signs = [beat["time"] for beat in beats] + ([held[1]] if held is not None else [])
     state, why = _state(run, held, beats, saved, max_steps, now)
     alive = state in ("running", "starting")

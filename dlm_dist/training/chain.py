@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,10 @@ STOPPED_EARLY = 75  # EX_TEMPFAIL: saved, and to be gone on with
 HUNG = 76
 
 FAILURES_TO_EXCLUDE = 2
-"""A node that was to blame this often is left out."""
+"""A node that was to blame this often, without a good attempt in between, is left out."""
+
+_VICTIM_SAYS = ("ncclRemoteError", "Watchdog caught collective operation timeout")
+"""The last words of a rank that NCCL ended because another one was gone, whatever its status."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class NodeResult:
     """Exit status of the first of its ranks that failed, or of all; None: it was ended from outside."""
     told: str = ""
     """The last lines of that rank."""
+    failed: float | None = None
+    """When it failed, in seconds of the node's clock."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ class Attempt:
     blamed: Mapping[str, str] = field(default_factory=dict)
     told: bool = False
     """Somebody asked it to end: SLURM, or a person."""
+    begun: float = 0.0
+    """Unix time."""
 
 
 class Chain:
@@ -82,12 +90,19 @@ class Chain:
         """Record that the attempt `name` starts on `nodes`."""
         self._append({"event": "begin", "attempt": name, "nodes": list(nodes), "checkpoint": self.newest()})
 
+    def asked_to_end(self, name: str) -> None:
+        """Record at once that somebody asked the attempt to end: what kills it soon after is no failure of the run."""
+        self._append({"event": "told", "attempt": name, "told": True})
+
     def end(self, name: str, outcome: Outcome, told: bool) -> None:
         """Record what it came to."""
         self._append({"event": "end", "attempt": name, "checkpoint": self.newest(), "told": told, **asdict(outcome)})
-        excluded = self.excluded()
-        if excluded:
-            (self.folder / "excluded_nodes").write_text("".join(f"{node}\n" for node in excluded), encoding="utf-8")
+        self._list_excluded()
+
+    def died(self, name: str, blamed: Mapping[str, str]) -> None:
+        """Record afterwards why an attempt has no end."""
+        self._append({"event": "died", "attempt": name, "blamed": dict(blamed)})
+        self._list_excluded()
 
     def give_up(self, reason: str) -> None:
         """Write STOP with the reason, and forget the attempts before it: who removes STOP has mended something."""
@@ -103,11 +118,13 @@ class Chain:
             elif event["event"] == "begin":
                 if found:
                     found[-1].setdefault("reached", event["checkpoint"])
+                begun = datetime.datetime.fromisoformat(event["time"]).timestamp()
                 place = {"name": event["attempt"], "nodes": tuple(event["nodes"]), "checkpoint": event["checkpoint"]}
-                found.append(place)
+                found.append({**place, "begun": begun})
             elif found and found[-1]["name"] == event["attempt"]:
-                kept = {key: event[key] for key in ("status", "blamed", "told")}
-                found[-1] |= {"reached": event["checkpoint"], **kept}
+                found[-1] |= {key: event[key] for key in ("status", "blamed", "told") if key in event}
+                if event["event"] == "end":
+                    found[-1]["reached"] = event["checkpoint"]
         return [Attempt(**{"reached": self.newest(), **values}) for values in found]
 
     def why_give_up(self, limit: int) -> str | None:
@@ -128,9 +145,20 @@ class Chain:
         return f"{limit} attempts in a row made no new checkpoint ({ends})"
 
     def excluded(self) -> list[str]:
-        """Nodes to leave out from now on."""
-        blamed = Counter(node for attempt in self.attempts() for node in attempt.blamed)
-        return sorted(node for node, times in blamed.items() if times >= FAILURES_TO_EXCLUDE)
+        """Nodes to leave out from now on. What a node did before an attempt that got on with it is forgotten."""
+        failures: Counter[str] = Counter()
+        for attempt in self.attempts():
+            for node in attempt.nodes:
+                if node in attempt.blamed:
+                    failures[node] += 1
+                elif attempt.reached > attempt.checkpoint:
+                    failures[node] = 0
+        return sorted(node for node, times in failures.items() if times >= FAILURES_TO_EXCLUDE)
+
+    def _list_excluded(self) -> None:
+        path, excluded = self.folder / "excluded_nodes", self.excluded()
+        if excluded or path.exists():
+            path.write_text("".join(f"{node}\n" for node in excluded), encoding="utf-8")
 
     def _events(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -149,43 +177,74 @@ class Chain:
             file.write(json.dumps({"time": time, **event}).encode() + b"\n")
 
 
-def judge(nodes: Sequence[str], results: Iterable[NodeResult], laggards: Iterable[str], status: int) -> Outcome:
+def judge(
+    nodes: Sequence[str], results: Iterable[NodeResult], laggards: Iterable[str], status: int, told: bool = False
+) -> Outcome:
     """What an attempt on `nodes` came to: `results` of their launchers, `status` of the command that started them.
 
-    A node is blamed when it failed and another did not: what fails alike everywhere is the program's fault, or the
-    user's. `laggards` held the others up when watchdogs ended the run. Of a node alone only a crash counts.
+    A node is blamed when it failed first and another did not: what fails alike everywhere is the program's fault, or
+    the user's. `laggards` held the others up when watchdogs ended the run. Of a node alone only a crash counts. Of an
+    attempt that was `told` to end nobody is blamed.
     """
     ended = {result.node: result for result in results}
     codes = [result.status for result in ended.values() if result.status is not None]
+    failed = [result for result in ended.values() if _failed_by_itself(result)]
+    if STOPPED_EARLY in codes and not failed:
+        return Outcome(STOPPED_EARLY)
     if status == FINISHED or codes == [FINISHED] * len(nodes):
         return Outcome(FINISHED)
-    own = {
-        node: result
-        for node, result in ended.items()
-        if result.status not in (None, FINISHED, LOST_CONTACT, STOPPED_EARLY, HUNG)
-    }
-    if STOPPED_EARLY in codes and not own:
-        return Outcome(STOPPED_EARLY)
-    if own:
-        reasons = {
-            node: f"a rank ended with status {result.status}: {result.told}".rstrip(": ")
-            for node, result in own.items()
-            if len(nodes) > 1 or result.status != USER_ERROR
-        }
-        first = next(iter(own.values())).status
-        return Outcome(first or status, reasons if len(own) < len(nodes) or len(nodes) == 1 else {})
-    if HUNG in codes:
+    blamed: dict[str, str] = {}
+    if failed:
+        first = min(failed, key=lambda result: math.inf if result.failed is None else result.failed)
+        status = first.status or status
+        if len(failed) < len(nodes) or (len(nodes) == 1 and _crashed(first)):
+            blamed[first.node] = f"a rank ended with status {first.status}: {first.told}".rstrip(": ")
+    elif HUNG in codes:
+        status = HUNG
         behind = [node for node in nodes if node in set(laggards)]
-        reasons = dict.fromkeys(behind, "it held the others up until their watchdogs ended them")
-        return Outcome(HUNG, reasons if len(behind) < len(nodes) else {})
-    absent = [node for node in nodes if node not in ended]
-    return Outcome(status, dict.fromkeys(absent, "no launcher started there") if ended else {})
+        if len(behind) < len(nodes):
+            blamed = dict.fromkeys(behind, "it held the others up until their watchdogs ended them")
+    elif ended:
+        absent = [node for node in nodes if node not in ended]
+        if 2 * len(absent) <= len(nodes):  # or it was srun that ended before most of them began
+            blamed = dict.fromkeys(absent, "no launcher started there")
+    return Outcome(status, {} if told else blamed)
+
+
+def _failed_by_itself(result: NodeResult) -> bool:
+    if result.status in (None, FINISHED, LOST_CONTACT, STOPPED_EARLY, HUNG):
+        return False
+    return not any(words in result.told for words in _VICTIM_SAYS)
+
+
+def _crashed(result: NodeResult) -> bool:
+    """Whether the end looks like the machine's fault, with no other machine to compare with."""
+    assert result.status is not None
+    return result.status > 128 or "CUDA error" in result.told
 
 
 def read_results(folder: Path) -> list[NodeResult]:
-    """What the launchers of an attempt left in `folder`: node-NAME.json with node, status and told."""
+    """What the launchers of an attempt left in `folder`: node-NAME.json. OSError where it cannot be read now."""
     found = []
     for path in sorted(folder.glob("node-*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
-        found.append(NodeResult(values["node"], values["status"], values["told"]))
+        found.append(NodeResult(values["node"], values["status"], values["told"], values.get("failed")))
     return found
+
+
+def fell_silent(attempt: Attempt, beats: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Nodes of an attempt without an end whose ranks' hearts stopped long before those of others, each with a sentence.
+
+    `beats`: the heartbeats that are there now (training/watchdog.py). A node without power stops at once; SLURM, which
+    then ends the job, takes minutes to see it.
+    """
+    last: dict[str, float] = {}
+    patience = 0.0
+    for beat in beats:
+        node = beat["host"].partition(".")[0]
+        if node in attempt.nodes and beat["time"] >= attempt.begun:
+            last[node] = max(last.get(node, 0.0), beat["time"])
+            patience = max(patience, 2 * beat["interval"])
+    end = max(last.values(), default=0.0)
+    silent = {node: end - time for node, time in last.items() if end - time > patience}
+    return {node: f"it fell silent {seconds:.0f} s before the others" for node, seconds in silent.items()}

@@ -199,3 +199,16 @@ def test_another_process_of_that_number_is_not_the_run(run, monkeypatch):
     assert read_status(run).state == "killed"
     change_lease(run, process=os.getpid(), started=Owner.this_process().started)
     assert read_status(run).state in ("running", "starting")
+
+
+def test_a_run_that_never_came_to_its_first_step_says_why(tmp_path, capsys):
+    """The first night of a user: three attempts that failed before there was a config.yaml."""
+    chain = Chain(tmp_path / "run")
+    for name in ("1_0", "1_1", "1_2"):
+        chain.begin(name, ("n1", "n2"))
+        chain.end(name, Outcome(1), False)
+    chain.give_up("3 attempts in a row made no new checkpoint")
+    assert dlm("status", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "run: stopped (STOP is there: 3 attempts in a row made no new checkpoint)" in said
+    assert "no checkpoint yet" in said

@@ -50,7 +50,10 @@ InactiveLimit=0
 KillWait=15
 SchedulerParameters=batch_sched_delay=1,sched_interval=3,bf_interval=3
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -216,15 +219,16 @@ class Cluster:
         """A command line that runs `command` as if on the node."""
         return ["nsenter", f"--net=/run/netns/{self._namespace(name)}", *self._as_host(name, command)]
 
-    def hide(self, name: str, path: Path) -> None:
-        """Put an empty folder over `path` for what the node's slurmd starts from now on: a broken installation."""
+    @contextmanager
+    def hidden(self, name: str, path: Path) -> Iterator[None]:
+        """An empty folder lies over `path` for what the node's slurmd starts meanwhile: a broken installation."""
         empty = self.folder / "empty"
         empty.mkdir(exist_ok=True)
         self._in_mounts_of(name, "mount", "--bind", str(empty), str(path))
-
-    def show(self, name: str, path: Path) -> None:
-        """Undo `hide`."""
-        self._in_mounts_of(name, "umount", str(path))
+        try:
+            yield
+        finally:
+            self._in_mounts_of(name, "umount", str(path))
 
     def _in_mounts_of(self, name: str, *command: str) -> None:
         subprocess.run(["nsenter", f"--mount=/proc/{self._daemons[name].pid}/ns/mnt", *command], check=True)

@@ -219,12 +219,9 @@ def test_a_job_whose_first_node_died_goes_on_with_what_is_left(cluster, data, re
 
 def test_a_node_with_a_broken_installation_is_named_and_left_out(cluster, data, tmp_path):
     run = tmp_path / "run"
-    cluster.hide("n2", Path(sys.prefix))
-    try:
-        job = submit(cluster, run, data, "--nodes=1-2", "--array=0-3%1")
+    with cluster.hidden("n2", Path(sys.prefix)):
+        job = submit(cluster, run, data, "--nodes=1-2", "--array=0-3%1", environment={"DLM_MIN_NODES": "1"})
         cluster.wait_until_over(job, 300)
-    finally:
-        cluster.show("n2", Path(sys.prefix))
     text = output(run)
     attempts = Chain(run).attempts()
     assert [attempt.nodes for attempt in attempts] == [("n1", "n2"), ("n1", "n2"), ("n1",)], text
@@ -239,13 +236,25 @@ def test_a_node_with_a_broken_installation_is_named_and_left_out(cluster, data, 
 def test_a_first_node_without_python_is_left_out(cluster, data, tmp_path):
     """The script itself must see to it: no chain starts there."""
     run = tmp_path / "run"
-    cluster.hide("n1", Path(sys.prefix))
-    try:
+    with cluster.hidden("n1", Path(sys.prefix)):
         job = submit(cluster, run, data, "--nodes=1-2", "--array=0-1%1")
         cluster.wait_until_over(job, 200)
-    finally:
-        cluster.show("n1", Path(sys.prefix))
     text = output(run)
     assert "Python does not run on n1" in text
-    assert [(attempt.name, attempt.nodes) for attempt in Chain(run).attempts()] == [(f"{job}_1", ("n2",))], text
+    assert "kept off n1" in text
+    assert [attempt.nodes for attempt in Chain(run).attempts()] == [("n2",)], text
     assert (run / "DONE").exists(), text
+
+
+def test_a_preempted_run_saves_and_goes_on_afterwards(cluster, data, reference, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, run, data, "--array=0", **LONG)
+    wait_for_step(cluster, run, 12)
+    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    cluster.wait_until_over(urgent, 120)
+    cluster.wait_until_over(job, 300)
+    first, second = Chain(run).attempts()
+    assert 12 <= first.reached == second.checkpoint < 60, output(run)
+    assert second.status == 0, output(run)
+    runs.assert_same_steps(run, reference)
+    assert not (run / "metrics.replaced.jsonl").exists()

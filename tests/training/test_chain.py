@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dlm_dist.training.chain import Chain, NodeResult, Outcome, judge, read_results
+from dlm_dist.training.chain import Attempt, Chain, NodeResult, Outcome, fell_silent, judge, read_results
 from dlm_dist.training.checkpoint_files import MANIFEST
 
 TWO = ("a", "b")
@@ -40,14 +40,31 @@ def test_what_fails_alike_everywhere_is_nobodys_fault():
     assert judge(TWO, results(a=1, b=139), [], 139).blamed == {}
 
 
+def test_of_those_that_fail_the_first_is_blamed():
+    found = [NodeResult(node, 1, "x", failed) for node, failed in (("a", 9.0), ("b", 5.0), ("c", 7.0), ("d", None))]
+    assert blamed("abcde", found) == {"b"}
+    lost = NodeResult("a", 134, "ncclRemoteError: A call failed possibly due to a network error", 3.0)
+    assert blamed("abcde", [lost, *found[1:]]) == {"b"}
+
+
+def test_nobody_is_blamed_where_the_job_was_told_to_end():
+    assert judge(TWO, results(a=None, b=1), [], 1, told=True) == Outcome(1)
+    assert judge(TWO, results(a=None), [], 143, told=True) == Outcome(143)
+
+
 def test_of_a_node_alone_a_crash_counts_and_a_mistake_of_the_user_does_not():
     assert blamed(("a",), results(a=2)) == set()
     assert blamed(("a",), results(a=135)) == {"a"}
+    assert blamed(("a",), results(a=1)) == set()
+    assert blamed(("a",), [NodeResult("a", 1, "CUDA error: uncorrectable ECC error encountered")]) == {"a"}
 
 
 def test_a_node_on_which_nothing_starts_is_blamed():
     assert judge(TWO, results(a=None), [], 127) == Outcome(127, {"b": "no launcher started there"})
     assert judge(TWO, [], [], 1) == Outcome(1)  # srun itself, or every node
+    many = [f"g{i}" for i in range(64)]
+    assert blamed(many, results(**dict.fromkeys(many[:63]))) == {"g63"}
+    assert blamed(many, results(**dict.fromkeys(many[:10]))) == set()  # srun ended before they began
 
 
 def test_watchdogs_name_the_nodes_that_hold_the_others_up():
@@ -113,6 +130,47 @@ def test_a_node_is_excluded_after_its_second_failure(tmp_path):
     attempt(chain, "1_2", Outcome(1, {"b": "y"}))
     assert chain.excluded() == ["b"]
     assert (tmp_path / "chain" / "excluded_nodes").read_text() == "b\n"
+
+
+def test_what_a_node_did_before_a_good_attempt_is_forgotten(tmp_path):
+    chain = Chain(tmp_path)
+    attempt(chain, "1_0", Outcome(1, {"b": "x"}))
+    chain.begin("1_1", TWO)
+    checkpoint(tmp_path, 5)
+    chain.end("1_1", Outcome(1, {"a": "x"}), False)
+    attempt(chain, "1_2", Outcome(1, {"b": "y"}))
+    assert chain.excluded() == []
+    attempt(chain, "1_3", Outcome(1, {"b": "y"}))
+    assert chain.excluded() == ["b"]
+    attempt(chain, "1_4", Outcome(1, {"c": "y"}), nodes=("a", "c"))
+    assert chain.excluded() == ["b"]  # it had no part
+
+
+def test_an_attempt_that_was_told_to_end_and_then_killed_is_no_failure(tmp_path):
+    chain = Chain(tmp_path)
+    for name in ("1_0", "1_1", "1_2"):
+        chain.begin(name, TWO)
+        chain.asked_to_end(name)
+    assert [(found.status, found.told) for found in chain.attempts()] == [(None, True)] * 3
+    assert chain.why_give_up(1) is None
+
+
+def test_a_node_that_fell_silent_is_blamed_afterwards(tmp_path):
+    def beat(host, time):
+        return {"host": host, "time": time, "interval": 15.0}
+
+    attempt = Attempt("1_0", ("a", "b", "c"), -1, -1, begun=1000.0)
+    beats = [beat("a", 2000.0), beat("b.cluster", 1700.0), beat("c", 1995.0), beat("d", 1500.0)]
+    assert fell_silent(attempt, beats) == {"b": "it fell silent 300 s before the others"}
+    assert fell_silent(attempt, [beat("a", 2000.0), beat("c", 900.0)]) == {}  # of an earlier attempt
+    assert fell_silent(attempt, []) == {}
+    chain = Chain(tmp_path)
+    for name in ("1_0", "1_1"):
+        chain.begin(name, TWO)
+        chain.died(name, {"b": "it fell silent"})
+    assert chain.excluded() == ["b"]
+    assert [found.status for found in chain.attempts()] == [None, None]
+    assert chain.why_give_up(2) is not None
 
 
 def test_a_line_that_a_kill_has_torn_is_replaced(tmp_path):
