@@ -110,8 +110,8 @@ def _take(folder: Path, chain: Chain, job: Job) -> Lease:
         try:
             return Lease(folder, tell=_tell)
         except LeaseError as error:
-            attempts = chain.attempts()
-            if not attempts or _array(attempts[-1].name) != _array(job.name):
+            last = chain.attempts()[-1:]
+            if not last or last[0].status is not None or _array(last[0].name) != _array(job.name):
                 raise
             if not waited:
                 _tell(f"an earlier job of this array is still at work, waiting for its end: {error}")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dlm_dist.training.chain import Chain, Outcome
-from launcher import slurm
+from dlm_dist.training.lease import Lease, LeaseError
+from launcher import chain_command, slurm
 from launcher.node import cores_by_place, shares
 from launcher.slurm import adopt_srun_task, first_host, rendezvous_port
 from tests.distributed import runs
@@ -182,6 +183,24 @@ def test_a_node_that_died_is_named_by_the_next_job(chain):
         (beats / f"rank-{rank:05d}.json").write_text(json.dumps(beat))
     _, said, _ = chain(75, saves=True)
     assert "node b failed in attempt 7_0: it fell silent 280 s before the others" in said
+
+
+def test_a_job_waits_for_an_earlier_one_of_its_array_that_slurm_has_lost(tmp_path, monkeypatch, capsys):
+    """Its node is cut off from SLURM and goes on: to end at once would use up the array."""
+    chain = Chain(tmp_path)
+    owner = Lease(chain.folder)
+    job = slurm.Job(9, 7, "7_1", 0, ("a",), "main", None, 1)
+    with pytest.raises(LeaseError):  # of another array, or started by hand
+        chain_command._take(chain.folder, chain, job)
+    chain.begin("7_0", ["b"])
+    monkeypatch.setattr(chain_command.time, "sleep", lambda seconds: owner.release())
+    chain_command._take(chain.folder, chain, job).release()
+    assert "an earlier job of this array is still at work, waiting for its end" in capsys.readouterr().err
+    owner = Lease(chain.folder)
+    chain.end("7_0", Outcome(75), False)
+    with pytest.raises(LeaseError):
+        chain_command._take(chain.folder, chain, job)
+    owner.release()
 
 
 def test_slurm_is_asked_again_where_its_controller_is_away(tmp_path, monkeypatch):
