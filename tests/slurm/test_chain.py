@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +21,16 @@ pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(90
 SCRIPT = "slurm/pretrain.sbatch"
 CONFIG = "tests/distributed/tiny.yaml"
 
+OF_A_JOB = {"DLM_VENV": "none", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}"}
+"""This Python and no other: a test that hides it must not find a second one."""
+
 
 def submit(
     cluster: Cluster, run: Path, data: Path, *options: str, environment: Mapping[str, str] | None = None, **changes: Any
 ) -> int:
     """sbatch of the real script for a tiny run in `run`; two nodes with a rank each unless `options` say otherwise."""
     output = run.with_suffix(".%A_%a.out")
-    everything = runs.environment(1) | {"DLM_VENV": "none"} | dict(environment or {})
+    everything = runs.environment(1) | OF_A_JOB | dict(environment or {})
     return cluster.submit(
         f"--chdir={runs.REPOSITORY}",
         "--nodes=2",

@@ -13,7 +13,7 @@ from dlm_dist.training.chain import Chain
 from tests.commands import dlm
 from tests.distributed import runs
 from tests.slurm.cluster import Cluster
-from tests.slurm.test_chain import wait_for_step
+from tests.slurm.test_chain import OF_A_JOB, wait_for_step
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -33,7 +33,7 @@ def grid(data, tmp_path):
 
 
 def submit(cluster: Cluster, grid: Path, tasks: str) -> int:
-    everything = runs.environment(1) | {"DLM_VENV": "none"}
+    everything = runs.environment(1) | OF_A_JOB
     place = [f"--chdir={runs.REPOSITORY}", f"--output={grid.parent}/%a.out", f"--array={tasks}"]
     return cluster.submit(*place, "slurm/sweep.sbatch", str(grid), environment=everything)
 
