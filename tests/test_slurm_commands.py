@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dlm_dist.training.chain import Chain, Outcome
+from dlm_dist.training.chain import Chain, Outcome, read_results
 from dlm_dist.training.lease import Lease, LeaseError
 from launcher import chain_command, slurm
 from launcher.node import cores_by_place, shares
@@ -294,6 +294,19 @@ def test_an_early_stop_is_no_failure_to_srun(node):
     """Which would end the launchers of the other nodes."""
     status, record, _ = node("exit(75)", RANKS_PER_NODE="2", CPU_BIND="none")
     assert (status, record["status"], record["ranks"]) == (0, 75, {"0": 75, "1": 75})
+
+
+def test_a_node_without_python_leaves_a_record(tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "SLURMD_NODENAME": "a", "DLM_LOG_DIR": str(tmp_path / "logs")}
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 126\n")
+    (tmp_path / "python").chmod(0o755)
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    command = ["bash", "slurm/node.sh", "launcher/pretrain.py"]
+    done = subprocess.run(command, cwd=runs.REPOSITORY, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 126
+    (result,) = read_results(tmp_path / "logs")
+    assert (result.node, result.status) == ("a", 126)
+    assert "the launcher does not start" in result.told
 
 
 def test_ranks_that_share_a_core_are_warned_of(node):
