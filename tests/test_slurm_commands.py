@@ -296,17 +296,20 @@ def test_an_early_stop_is_no_failure_to_srun(node):
     assert (status, record["status"], record["ranks"]) == (0, 75, {"0": 75, "1": 75})
 
 
-def test_a_node_without_python_leaves_a_record(tmp_path):
-    environment = {"PATH": "/usr/bin:/bin", "SLURMD_NODENAME": "a", "DLM_LOG_DIR": str(tmp_path / "logs")}
-    (tmp_path / "python").write_text("#!/bin/sh\nexit 126\n")
+@pytest.mark.parametrize(
+    ("python", "status", "found"), [("exit 126", 126, ["a"]), ("kill -TERM $PPID; kill -TERM $$", 143, [])]
+)
+def test_a_node_without_python_leaves_a_record(tmp_path, python, status, found):
+    """But none where it was ended from outside before Python could leave one."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{python}\n")
     (tmp_path / "python").chmod(0o755)
-    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    environment = {"PATH": f"{tmp_path}:{os.defpath}", "SLURMD_NODENAME": "a", "DLM_LOG_DIR": str(tmp_path / "logs")}
     command = ["bash", "slurm/node.sh", "launcher/pretrain.py"]
     done = subprocess.run(command, cwd=runs.REPOSITORY, env=environment, capture_output=True, timeout=60)
-    assert done.returncode == 126
-    (result,) = read_results(tmp_path / "logs")
-    assert (result.node, result.status) == ("a", 126)
-    assert "the launcher does not start" in result.told
+    results = read_results(tmp_path / "logs")
+    assert done.returncode == status
+    assert [result.node for result in results] == found
+    assert all(result.status == status and "the launcher does not start" in result.told for result in results)
 
 
 def test_ranks_that_share_a_core_are_warned_of(node):
