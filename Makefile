@@ -20,7 +20,7 @@ help:
 	@echo 'make install      make $(VENV) and install this project and its tests into it'
 	@echo 'make demo         the main job on real text, on this machine (a few minutes)'
 	@echo 'make test         all tests that need no GPU'
-	@echo 'make test-resume  the whole resume matrix and the other long tests of several ranks (about half an hour)'
+	@echo 'make test-resume  the whole resume matrix and the other long tests of several ranks (about an hour)'
 	@echo 'make test-faults  the fault campaign: 204 kills, full disks, damaged files (20 minutes to an hour); ends with a report'
 	@echo 'make test-gpu     the tests that need a CUDA device'
 	@echo 'make test-slurm   runs on a SLURM cluster of two nodes that it brings up here; needs root and, on Debian and Ubuntu,'
