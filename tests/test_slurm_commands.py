@@ -296,6 +296,31 @@ def test_an_early_stop_is_no_failure_to_srun(node):
     assert (status, record["status"], record["ranks"]) == (0, 75, {"0": 75, "1": 75})
 
 
+def test_the_second_node_without_python_holds_the_array(tmp_path):
+    """By then the environment is more likely to be wrong than the nodes. What the user excluded stays excluded."""
+    shown = "[ $1 != show ] || echo 'Reason=None ExcNodeList=z NodeList=a'"
+    for name, text in (("python", "exit 1"), ("scontrol", f'echo "$@" >> {tmp_path}/asked\n{shown}')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def start(node):
+        (tmp_path / "asked").write_text("")
+        environment = {"PATH": f"{tmp_path}:{os.defpath}", "SLURMD_NODENAME": node, "DLM_VENV": "none"}
+        environment |= {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+        command = ["bash", "-euo", "pipefail", "-c", f"source {runs.REPOSITORY}/slurm/environment.sh"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        return done.stderr, [line for line in (tmp_path / "asked").read_text().splitlines() if "show" not in line]
+
+    excluded = ["requeue 7_0", "update JobId=7 ExcNodeList=z,a", "update JobId=7_0 ExcNodeList=z,a"]
+    for _ in range(2):  # the same node again is no second one
+        said, asked = start("a")
+        assert asked == excluded, said
+    said, asked = start("b")
+    assert asked == ["requeuehold 7_0", "hold 7"], said
+    assert "scontrol release 7" in said
+
+
 @pytest.mark.parametrize(
     ("python", "status", "found"), [("exit 126", 126, ["a"]), ("kill -TERM $PPID; kill -TERM $$", 143, [])]
 )

@@ -20,7 +20,6 @@ from dlm_dist.training.checkpoint_files import list_checkpoints, step_of
 from dlm_dist.training.switches import STOP
 
 FINISHED = 0
-USER_ERROR = 2
 LOST_CONTACT = 74  # EX_IOERR: another rank has ended
 STOPPED_EARLY = 75  # EX_TEMPFAIL: saved, and to be gone on with
 HUNG = 76
